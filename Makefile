@@ -1,0 +1,40 @@
+# `make quickstart` and `make test` set everything up on a fresh machine (Python 3.11 or later).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint types setup oracles clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/fabric-jax quickstart
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright
+
+setup: $(VENV)/.installed-dev
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.venv pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.venv pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+# torch, transformers and peft, against which the tests compare live once they are installed.
+oracles: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev,oracles]'
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

@@ -1,0 +1,57 @@
+"""Writing files so that a reader sees the old content or the new, never a part of it."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fabric_jax.errors import FabricError
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Writes to a temporary file beside ``path``, syncs it, then renames it into place.
+
+    Raises:
+        FabricError: the folder can't be written or the disk is full; ``path`` is as it was.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise cannot_write(path, error) from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def cannot_write(path: str | Path, error: OSError) -> FabricError:
+    """The message for a failed write."""
+    return FabricError(
+        f"cannot write {path}: {error.strerror or error}",
+        fix="Free space or choose another folder; what was saved before is untouched",
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable, where the platform lets folders be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

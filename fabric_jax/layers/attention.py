@@ -1,0 +1,82 @@
+"""Causal self-attention with grouped key/value heads."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from fabric_jax.layers.bit_linear import BitLinear, LinearOptions
+from fabric_jax.layers.norm import RMSNorm
+from fabric_jax.layers.rope import rotate
+
+
+def attend(
+    q: Float[Array, "B T H hd"],
+    k: Float[Array, "B S K hd"],
+    v: Float[Array, "B S K hd"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T H hd"]:
+    """``softmax(q·k^T / sqrt(hd))·v`` where ``mask`` is true; the softmax in float32.
+
+    Query heads share key/value heads in order: head h reads h // (H / K). A query that sees nothing
+    (padding) gets the mean of all values, which nothing reads.
+    """
+    groups = q.shape[2] // k.shape[2]
+    q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[-1])
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "btkgd,bskd->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = scores * (q.shape[-1] ** -0.5)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=precision)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+class Attention(nnx.Module):
+    """Projections, rotary positions, attention, sub-norm, output projection."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        sub_norm_eps: float | None,
+        options: LinearOptions,
+    ) -> None:
+        """Declares the projections, and the sub-norm unless its epsilon is None."""
+        query, key = num_heads * head_dim, num_kv_heads * head_dim
+        self.q = BitLinear("q", query, hidden_size, options)
+        self.k = BitLinear("k", key, hidden_size, options)
+        self.v = BitLinear("v", key, hidden_size, options)
+        self.o = BitLinear("o", hidden_size, query, options)
+        self.sub_norm = (
+            None
+            if sub_norm_eps is None
+            else RMSNorm(query, eps=sub_norm_eps, dtype=options.dtype, stack=options.stack)
+        )
+        self.head_dim = head_dim
+
+    def project(
+        self,
+        x: Float[Array, "B T D"],
+        angles: tuple[jax.Array, jax.Array],
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values [B, T, heads, hd], queries and keys turned."""
+        q, k, v = (
+            linear(x, dropout_key).reshape(*x.shape[:2], -1, self.head_dim)
+            for linear in (self.q, self.k, self.v)
+        )
+        return rotate(q, angles), rotate(k, angles), v
+
+    def close(self, heads: Float[Array, "B T H hd"], dropout_key: jax.Array | None) -> jax.Array:
+        """Joins the heads to [B, T, D]."""
+        x = heads.reshape(*heads.shape[:2], -1)
+        if self.sub_norm is not None:
+            x = self.sub_norm(x)
+        return self.o(x, dropout_key)

@@ -1,0 +1,110 @@
+"""Next-token loss over a large vocabulary without the logits of all tokens at once."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from fabric_jax.layers.dot import linear
+
+LOGITS_TILE_BYTES = 32 << 20
+
+
+def tiled_cross_entropy(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    targets: Int32[Array, "N"],
+    weights: Float32[Array, "N"],
+    *,
+    train_head: bool = False,
+) -> Float32[Array, ""]:
+    """``sum_i weights_i · (logsumexp(z_i) - z_i[targets_i])`` with ``z = hidden · head^T``.
+
+    Tokens are taken in tiles whose float32 logits stay under 32 MiB. Where a gradient is wanted it
+    is formed in the same pass (two products with the head instead of three) and stored as
+    ``d hidden`` [N, D]; the gradient of the head is formed only if ``train_head``, otherwise it
+    is zero.
+    """
+    return _loss(train_head, hidden, head, targets, weights)
+
+
+def tile_tokens(num_tokens: int, vocab_size: int) -> int:
+    """Tokens in a tile: a power of two, at least 16, no more than needed."""
+    fit = max(16, LOGITS_TILE_BYTES // (4 * vocab_size))
+    return min(1 << (fit.bit_length() - 1), num_tokens)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(
+    train_head: bool, hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    del train_head
+
+    def add(
+        total: jax.Array, tile: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        return total + _tile_loss(linear(tile[0], head, jnp.float32), *tile[1:]), None
+
+    tiles = _tiles(hidden, targets, weights, head.shape[0])
+    return lax.scan(add, jnp.float32(0), tiles)[0]
+
+
+def _loss_fwd(
+    train_head: bool, hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def add(
+        carry: tuple[jax.Array, jax.Array], tile: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        total, d_head = carry
+        x, y, w = tile
+        logits = linear(x, head, jnp.float32)
+        total = total + _tile_loss(logits, y, w)
+        d_logits = jax.nn.softmax(logits, axis=-1) - jax.nn.one_hot(y, head.shape[0])
+        d_logits = (d_logits * w[:, None]).astype(x.dtype)
+        if train_head:
+            d_head = d_head + linear(d_logits.T, x.T, jnp.float32)
+        return (total, d_head), linear(d_logits, head.T)
+
+    tiles = _tiles(hidden, targets, weights, head.shape[0])
+    d_head = jnp.zeros(head.shape if train_head else (), jnp.float32)
+    (total, d_head), d_hidden = lax.scan(add, (jnp.float32(0), d_head), tiles)
+    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    if not train_head:
+        d_head = jnp.zeros((0, *head.shape), head.dtype)
+    return total, (d_hidden, d_head.astype(head.dtype))
+
+
+def _loss_bwd(
+    train_head: bool, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+    d_hidden, d_head = residuals
+    d_hidden = (d_hidden.astype(jnp.float32) * g).astype(d_hidden.dtype)
+    if train_head:
+        d_head = (d_head.astype(jnp.float32) * g).astype(d_head.dtype)
+    else:
+        d_head = jnp.zeros(d_head.shape[1:], d_head.dtype)
+    return d_hidden, d_head, None, None
+
+
+_loss.defvjp(_loss_fwd, _loss_bwd)
+
+
+def _tile_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - chosen))
+
+
+def _tiles(
+    hidden: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Splits the tokens into tiles; the last is filled with tokens of weight 0."""
+    tile = tile_tokens(hidden.shape[0], vocab_size)
+    pad = -hidden.shape[0] % tile
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, tile, hidden.shape[1])
+    return (
+        hidden,
+        jnp.pad(targets, (0, pad)).reshape(-1, tile),
+        jnp.pad(weights, (0, pad)).reshape(-1, tile),
+    )

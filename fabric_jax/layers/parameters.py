@@ -1,0 +1,112 @@
+"""Parameters of a model: whose they are, and how random ones are made.
+
+Modules declare shapes and dtypes only; nothing is allocated until ``models.initialize`` fills the
+declared tree leaf by leaf or a checkpoint does. So a model never exists in another format than its
+final one, and every tensor has a random key of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+
+class BaseParam(nnx.Variable[jax.Array]):
+    """A weight of the base model: frozen under LoRA, trained from scratch otherwise."""
+
+
+class AdapterParam(nnx.Param[jax.Array]):
+    """A weight of a LoRA adapter."""
+
+
+class Initializer(Protocol):
+    """Makes one tensor (of one layer) from its own key."""
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        """An array of ``shape`` and ``dtype``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element is ``value``."""
+
+    value: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        """An array of ``shape`` and ``dtype``."""
+        del key
+        return jnp.full(shape, self.value, dtype)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Gaussian with mean 0."""
+
+    std: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        """An array of ``shape`` and ``dtype``."""
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(self.std, dtype)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform in [-bound, bound]."""
+
+    bound: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        """An array of ``shape`` and ``dtype``."""
+        return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
+
+
+@dataclass(frozen=True)
+class RandomTernary:
+    """Packed random codes, each of -1, 0, 1 equally likely, with no wider copy on the way.
+
+    A byte of four codes takes one of 81 values, so bytes are drawn from a table of those. Pad codes
+    at the end of a row are random too; no product ever reads them.
+    """
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        """An array of ``shape`` and ``dtype``, which must be uint8."""
+        fields = np.stack(np.meshgrid(*[np.arange(3)] * 4, indexing="ij")).reshape(4, 81)
+        table = (fields << np.array([[0], [2], [4], [6]])).sum(0).astype(np.uint8)
+        # 16 bits a draw: the excess of the first values is under 0.2 %.
+        draws = jax.random.bits(key, shape, jnp.uint16) % jnp.uint16(81)
+        return jnp.asarray(table)[draws].astype(dtype)
+
+
+def declare_base(
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    initializer: Initializer,
+    *,
+    stack: tuple[int, ...] = (),
+) -> BaseParam:
+    """A base parameter of ``shape`` in each layer of ``stack``, not yet allocated."""
+    return BaseParam(
+        jax.ShapeDtypeStruct((*stack, *shape), jnp.dtype(dtype)),  # pyright: ignore[reportArgumentType]
+        initializer=initializer,
+        stacked=bool(stack),
+    )
+
+
+def declare_adapter(
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    initializer: Initializer,
+    *,
+    stack: tuple[int, ...] = (),
+) -> AdapterParam:
+    """An adapter parameter of ``shape`` in each layer of ``stack``, not yet allocated."""
+    return AdapterParam(
+        jax.ShapeDtypeStruct((*stack, *shape), jnp.dtype(dtype)),  # pyright: ignore[reportArgumentType]
+        initializer=initializer,
+        stacked=bool(stack),
+    )

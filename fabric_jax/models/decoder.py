@@ -1,0 +1,237 @@
+"""The decoder: one module for every model, its layers stacked and scanned."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from fabric_kernels.ternary_matmul import Implementation
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int32
+
+from fabric_jax.errors import FabricError
+from fabric_jax.layers.attention import Attention, attend
+from fabric_jax.layers.bit_linear import INIT_STD, BaseMode, LinearOptions
+from fabric_jax.layers.cross_entropy import tiled_cross_entropy
+from fabric_jax.layers.dot import linear
+from fabric_jax.layers.feed_forward import FeedForward
+from fabric_jax.layers.kv_cache import KVCache
+from fabric_jax.layers.lora import LoraConfig
+from fabric_jax.layers.norm import RMSNorm
+from fabric_jax.layers.parameters import AdapterParam, BaseParam, Normal, declare_base
+from fabric_jax.layers.rope import rotary_angles
+from fabric_jax.models.config import ModelConfig
+from fabric_jax.quantization.absmax import ActQuant
+
+Remat = Literal["none", "layer"]
+"""What the backward pass recomputes: nothing, or everything inside each layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOptions:
+    """How a model is stored and computed, as opposed to what it is (``ModelConfig``).
+
+    Attributes:
+        mode: form of the linears' weights. A model that is not ternary has only ``float``.
+        dtype: of activations, embedding, norms and float weights.
+        act_quant: quantiser of the inputs of ternary linears.
+        implementation: which ``ternary_matmul`` runs; ``None`` picks the best for the device.
+        remat: what the backward pass recomputes.
+        lora: adapters; rank 0 for none.
+    """
+
+    mode: BaseMode = "packed"
+    dtype: DTypeLike = "float32"
+    act_quant: ActQuant = "per_token"
+    implementation: Implementation | None = None
+    remat: Remat = "none"
+    lora: LoraConfig = LoraConfig(rank=0)
+
+
+class Block(nnx.Module):
+    """One layer: ``h += attention(norm(h))``, then ``h += mlp(norm(h))``."""
+
+    def __init__(self, config: ModelConfig, options: LinearOptions) -> None:
+        """Declares the parameters, stacked as ``options.stack`` says."""
+        eps, stack = config.norm_eps, options.stack
+        sub_norm_eps = eps if config.sub_norms else None
+        self.attention_norm = RMSNorm(config.hidden_size, eps=eps, dtype=options.dtype, stack=stack)
+        self.attention = Attention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            sub_norm_eps=sub_norm_eps,
+            options=options,
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=eps, dtype=options.dtype, stack=stack)
+        self.mlp = FeedForward(
+            hidden_size=config.hidden_size,
+            ffn_size=config.ffn_size,
+            activation=config.activation,
+            sub_norm_eps=sub_norm_eps,
+            options=options,
+        )
+
+    def project(
+        self, h: jax.Array, angles: tuple[jax.Array, jax.Array], dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of the residual stream ``h`` [B, T, D]."""
+        return self.attention.project(self.attention_norm(h), angles, dropout_key)
+
+    def combine(
+        self,
+        h: jax.Array,
+        attended: Float[Array, "B T H hd"],
+        dropout_key: jax.Array | None,
+    ) -> jax.Array:
+        """The residual stream after attention and feed-forward."""
+        h = h + self.attention.close(attended, dropout_key)
+        return h + self.mlp(self.mlp_norm(h), dropout_key)
+
+
+class Decoder(nnx.Module):
+    """Tokens to hidden states, logits and losses.
+
+    Parameters are two trees, base and adapter; ``DecoderDefinition.bind`` puts them together.
+    """
+
+    def __init__(self, config: ModelConfig, options: DecoderOptions) -> None:
+        """Declares every parameter; allocates none."""
+        stacked = LinearOptions(
+            mode=options.mode,
+            dtype=options.dtype,
+            act_quant=options.act_quant,
+            implementation=options.implementation,
+            lora=options.lora,
+            stack=(config.num_layers,),
+        )
+        table = (config.vocab_size, config.hidden_size)
+        self.embedding = declare_base(table, options.dtype, Normal(INIT_STD))
+        self.layers = Block(config, stacked)
+        self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=options.dtype)
+        self.head = (
+            None if config.tied_head else declare_base(table, options.dtype, Normal(INIT_STD))
+        )
+        self.config = config
+        self.remat: Remat = options.remat
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        segment_ids: Int32[Array, "B T"],
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states; a token sees the tokens before it in its own segment."""
+        causal = jnp.tri(tokens.shape[1], dtype=jnp.bool_)
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        mask = causal[None] & same
+        return self._run(tokens, positions, mask, None, dropout_key)[0]
+
+    def extend(
+        self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Final hidden states of tokens that continue what ``cache`` holds, and the new cache."""
+        slots = jnp.arange(cache.capacity, dtype=jnp.int32)
+        mask = slots[None, None, :] <= positions[:, :, None]
+        hidden, cache_or_none = self._run(tokens, positions, mask, cache, None)
+        assert cache_or_none is not None
+        return hidden, cache_or_none
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of final hidden states."""
+        return linear(hidden, self.head_weight(), jnp.float32)
+
+    def loss(
+        self,
+        hidden: Float[Array, "B T D"],
+        targets: Int32[Array, "B T"],
+        weights: Float[Array, "B T"],
+        *,
+        train_head: bool = False,
+    ) -> Float[Array, ""]:
+        """Sum of the weighted next-token losses, nats, without all logits at once."""
+        return tiled_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.head_weight(),
+            targets.reshape(-1),
+            weights.reshape(-1),
+            train_head=train_head,
+        )
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The matrix of the head: its own, or the embedding."""
+        return self.embedding[...] if self.head is None else self.head[...]
+
+    def _run(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: Bool[Array, "B T S"],
+        cache: KVCache | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        graphdef, *states = nnx.split(self.layers, AdapterParam, BaseParam)
+        trees = tuple(nnx.to_pure_dict(state) for state in states)
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+        def body(
+            carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, tuple[Any, ...]]
+        ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+            h, cache = carry
+            index, trees = layer
+            block: Block = nnx.merge(graphdef, *trees)
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            q, k, v = block.project(h, angles, key)
+            if cache is not None:
+                cache = cache.write(index, positions, k, v)
+                k, v = cache.read(index, h.dtype)
+            return (block.combine(h, attend(q, k, v, mask), key), cache), None
+
+        if self.remat == "layer":
+            body = jax.checkpoint(body, prevent_cse=False)
+        h = self.embedding[...][tokens]
+        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (h, cache), _ = lax.scan(body, (h, cache), (indices, trees))
+        return self.final_norm(h), cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderDefinition:
+    """A decoder without its numbers: what binds the two parameter trees to code.
+
+    Attributes:
+        config: what the model is.
+        options: how it is stored and computed.
+        graphdef: the module's static structure.
+        base: abstract base parameters (shapes, dtypes, initializers).
+        adapter: abstract adapter parameters.
+    """
+
+    config: ModelConfig
+    options: DecoderOptions
+    graphdef: nnx.GraphDef[Decoder]
+    base: nnx.State[Any, Any]
+    adapter: nnx.State[Any, Any]
+
+    def bind(self, base: dict[str, Any], adapter: dict[str, Any]) -> Decoder:
+        """The decoder over these trees of arrays; callable inside ``jit`` and ``grad``."""
+        return nnx.merge(self.graphdef, adapter, base)
+
+
+def define_decoder(config: ModelConfig, options: DecoderOptions) -> DecoderDefinition:
+    """The definition of a decoder; no array is made."""
+    if options.mode != "float" and not config.ternary:
+        raise FabricError(
+            f"{config.name} is not a ternary model",
+            expected="float weights",
+            found=f"the mode {options.mode!r}",
+        )
+    decoder = Decoder(config, options)
+    graphdef, adapter, base = nnx.split(decoder, AdapterParam, BaseParam)
+    return DecoderDefinition(
+        config=config, options=options, graphdef=graphdef, base=base, adapter=adapter
+    )

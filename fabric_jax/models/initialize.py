@@ -1,0 +1,60 @@
+"""Random weights, made leaf by leaf in their final format."""
+
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import jax
+from flax import nnx
+from jax import lax
+
+from fabric_jax.layers.parameters import Initializer
+from fabric_jax.models.decoder import DecoderDefinition
+
+Tree = dict[str, Any]
+"""Nested dictionaries of arrays."""
+
+
+def initialize_base(definition: DecoderDefinition, seed: int) -> Tree:
+    """Random base weights of a decoder, on the default device."""
+    return _initialize(definition.base, jax.random.key(seed))
+
+
+def initialize_adapter(definition: DecoderDefinition, seed: int) -> Tree:
+    """A fresh LoRA adapter: its output is zero."""
+    return _initialize(definition.adapter, jax.random.fold_in(jax.random.key(seed), 1))
+
+
+def _initialize(state: nnx.State[Any, Any], root: jax.Array) -> Tree:
+    """Fills a declared tree; the key of a tensor is the root folded with its path and layer."""
+    filled: list[tuple[tuple[str, ...], jax.Array]] = []
+    for path, variable in nnx.to_flat_state(state):
+        names = tuple(str(part) for part in path)
+        key = jax.random.fold_in(root, zlib.crc32("/".join(names).encode()))
+        like = cast(jax.ShapeDtypeStruct, variable.get_value())
+        make = cast(Initializer, variable.get_metadata("initializer"))
+        filled.append((names, _make(make, bool(variable.get_metadata("stacked")), like, key)))
+    return nest(filled)
+
+
+def nest(leaves: list[tuple[tuple[str, ...], Any]]) -> Tree:
+    """Nested dictionaries from (path, leaf) pairs."""
+    tree: Tree = {}
+    for path, leaf in leaves:
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _make(
+    make: Initializer, stacked: bool, like: jax.ShapeDtypeStruct, key: jax.Array
+) -> jax.Array:
+    """One tensor; a stack is made one layer at a time, so that scratch stays that of a layer."""
+    if not stacked:
+        return make(key, like.shape, like.dtype)
+    one: Callable[[jax.Array], jax.Array] = lambda k: make(k, like.shape[1:], like.dtype)  # noqa: E731
+    return lax.map(one, jax.random.split(key, like.shape[0]))

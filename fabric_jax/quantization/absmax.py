@@ -1,0 +1,56 @@
+"""Activation quantisers: what a BitLinear does to its input before the integer product."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int8
+
+ActQuant = Literal["per_token", "block256", "none"]
+"""``per_token`` is BitNet's rule; ``block256`` what llama.cpp computes on CPU; ``none`` neither."""
+
+EPSILON = 1e-5
+BLOCK = 256
+
+
+def absmax_quantize(
+    x: Float[Array, "*batch k"],
+) -> tuple[Int8[Array, "*batch k"], Float32[Array, "*batch 1"]]:
+    """BitNet's per-token int8 quantiser: codes, and the scale that *divides* them.
+
+    ``m = max(max|x|, 1e-5)``, ``s = (1/m)·127``, ``codes = clip(rint(x·s), -128, 127)`` over the
+    last axis, in float32, ties to even. The two roundings of ``(1/m)·127`` are those of the
+    released code: a true division ``127/m`` gives another scale for a quarter of all inputs.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), EPSILON)
+    scale = (1.0 / largest) * 127.0
+    codes = jnp.clip(jnp.rint(x * scale), -128, 127)
+    return codes.astype(jnp.int8), scale
+
+
+def absmax_fake_quantize(x: jax.Array) -> jax.Array:
+    """``x`` replaced by ``codes / s``, in the dtype of ``x``."""
+    codes, scale = absmax_quantize(x)
+    return (codes.astype(jnp.float32) / scale).astype(x.dtype)
+
+
+def block256_fake_quantize(x: jax.Array) -> jax.Array:
+    """``x`` replaced by what llama.cpp's Q8_K blocks of 256 along the last axis make of it.
+
+    In each block the scale comes from the element of largest magnitude with its sign:
+    ``i = -127/m``, ``codes = min(127, rint(i·x))``, value ``codes / i`` (ggml ``quantize_row_q8_K``;
+    the signed form lets the largest element map to -127 exactly). A block of zeros stays zero. The
+    last block may be short.
+    """
+    k = x.shape[-1]
+    pad = -k % BLOCK
+    blocks = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, pad)])
+    blocks = blocks.reshape(*x.shape[:-1], -1, BLOCK)
+    where = jnp.argmax(jnp.abs(blocks), axis=-1, keepdims=True)
+    largest = jnp.take_along_axis(blocks, where, axis=-1)
+    zero = largest == 0
+    inverse = -127.0 / jnp.where(zero, 1.0, largest)
+    codes = jnp.minimum(jnp.rint(blocks * inverse), 127.0)
+    values = jnp.where(zero, 0.0, codes / inverse)
+    return values.reshape(*x.shape[:-1], -1)[..., :k].astype(x.dtype)

@@ -1,0 +1,142 @@
+"""One optimizer step: the only place where gradients are taken."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float32, Int32
+
+from fabric_jax.data.batch import Batch
+from fabric_jax.models.decoder import DecoderDefinition
+from fabric_jax.models.initialize import Tree
+
+Trains = Literal["adapter", "base"]
+"""Which tree is optimised: LoRA fine-tuning or training from scratch. The other one is frozen."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+        params: the trained tree.
+        moments: the optimizer's state for it.
+        step: optimizer steps done.
+    """
+
+    params: Tree
+    moments: Any
+    step: Int32[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What one step reports; all on the device until read.
+
+    Attributes:
+        loss: mean loss of the trainable tokens before the update, nats.
+        trainable_tokens: targets with weight in the loss.
+        real_tokens: positions that are not padding.
+        grad_norm: global norm of the gradient before clipping.
+    """
+
+    loss: Float32[Array, ""]
+    trainable_tokens: Float32[Array, ""]
+    real_tokens: Int32[Array, ""]
+    grad_norm: Float32[Array, ""]
+
+
+TrainStep = Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, StepMetrics]]
+
+
+def init_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(params=params, moments=optimizer.init(params), step=jnp.int32(0))
+
+
+def make_train_step(
+    definition: DecoderDefinition,
+    optimizer: optax.GradientTransformation,
+    *,
+    trains: Trains = "adapter",
+) -> TrainStep:
+    """The compiled step ``(state, frozen, batch, root_key) -> (state, metrics)``.
+
+    ``batch`` has a leading axis of micro-batches: arrays [A, B, T]. Their loss sums and gradients
+    are added, then divided by the number of trainable tokens in all of them, so that every token
+    weighs the same wherever it lies. Random numbers come from ``root_key`` folded with the step
+    and the micro-batch. ``state`` is donated: its buffers become those of the new state.
+    """
+
+    def loss_sum(params: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
+        base, adapter = (frozen, params) if trains == "adapter" else (params, frozen)
+        decoder = definition.bind(base, adapter)
+        hidden = decoder(batch.tokens, batch.positions, batch.segment_ids, key)
+        return decoder.loss(hidden, batch.targets, batch.loss_mask, train_head=trains == "base")
+
+    gradient = jax.value_and_grad(loss_sum)
+
+    @partial(jax.jit, donate_argnums=(0,))
+    def step(
+        state: TrainState, frozen: Tree, batch: Batch, root_key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(root_key, state.step)
+        total, grads = _sum_micro_batches(
+            lambda micro, k: gradient(state.params, frozen, micro, k), batch, key
+        )
+        tokens = jnp.sum(batch.loss_mask)
+        share = 1.0 / jnp.maximum(tokens, 1.0)
+        grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
+        updates, moments = optimizer.update(grads, state.moments, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(
+            loss=total * share,
+            trainable_tokens=tokens,
+            real_tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
+            grad_norm=optax.global_norm(grads),
+        )
+        return TrainState(params=params, moments=moments, step=state.step + 1), metrics
+
+    return step
+
+
+def make_eval_step(
+    definition: DecoderDefinition,
+) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
+    """Compiled ``(base, adapter, batch[B, T]) -> (sum of losses, trainable tokens)``."""
+
+    @jax.jit
+    def step(base: Tree, adapter: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        decoder = definition.bind(base, adapter)
+        hidden = decoder(batch.tokens, batch.positions, batch.segment_ids)
+        loss = decoder.loss(hidden, batch.targets, batch.loss_mask)
+        return loss, jnp.sum(batch.loss_mask)
+
+    return step
+
+
+def _sum_micro_batches(
+    gradient: Callable[[Batch, jax.Array], tuple[jax.Array, Tree]], batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Tree]:
+    """Loss sum and gradient sum over the leading axis; one micro-batch needs no accumulator."""
+    count = batch.tokens.shape[0]
+    if count == 1:
+        return gradient(jax.tree.map(lambda x: x[0], batch), key)
+
+    def add(
+        total: tuple[jax.Array, Tree], part: tuple[Batch, jax.Array]
+    ) -> tuple[tuple[jax.Array, Tree], None]:
+        micro, index = part
+        return jax.tree.map(jnp.add, total, gradient(micro, jax.random.fold_in(key, index))), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    shapes = jax.eval_shape(gradient, first, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return lax.scan(add, zeros, (batch, jnp.arange(count, dtype=jnp.int32)))[0]

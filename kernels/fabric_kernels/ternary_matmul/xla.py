@@ -1,0 +1,93 @@
+"""The portable implementation: unpack inside the compiled program, then XLA's own dot.
+
+XLA materialises the unpacked operand of a real dot on every platform, so what bounds the scratch is
+how much is unpacked at once: one whole matrix as int8 (one byte a weight) for integer products, and
+tiles of rows as float for float products.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fabric_kernels.packing import unpack_ternary2
+
+# A float copy of a matrix above this is made tile by tile: at 16 MiB the copy still lies in the
+# last-level cache of common CPUs, beyond it tiling is faster as well as smaller.
+FLOAT_SCRATCH_BYTES = 16 << 20
+TILE_ROWS = 256
+
+
+def matmul(x: jax.Array, packed: jax.Array) -> jax.Array:
+    """``x[..., k] · codes[n, k]^T``: int32 for int8 ``x``, else in the dtype of ``x``."""
+    k = x.shape[-1]
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        if x.size == k:
+            return _row_product(x, packed)
+        return _contract_last(x, unpack_ternary2(packed, k), jnp.int32)
+    tile = _tile_rows(packed.shape[0], k, x.dtype)
+    if tile is None:
+        return _contract_last(x, unpack_ternary2(packed, k, x.dtype), x.dtype)
+    tiles, tail = _row_tiles(packed, tile)
+
+    def one(_: None, rows: jax.Array) -> tuple[None, jax.Array]:
+        return None, _contract_last(x, unpack_ternary2(rows, k, x.dtype), x.dtype)
+
+    y = jnp.moveaxis(lax.scan(one, None, tiles)[1], 0, -2)
+    y = y.reshape(*x.shape[:-1], -1)
+    if tail.shape[0] == 0:
+        return y
+    return jnp.concatenate([y, one(None, tail)[1]], axis=-1)
+
+
+def matmul_transposed(g: jax.Array, packed: jax.Array, k: int) -> jax.Array:
+    """``g[..., n] · codes[n, k]`` in the dtype of ``g``."""
+    n = packed.shape[0]
+    tile = _tile_rows(n, k, g.dtype)
+    if tile is None:
+        return _contract_rows(g, unpack_ternary2(packed, k, g.dtype))
+    tiles, tail = _row_tiles(packed, tile)
+    full = n - tail.shape[0]
+    columns = jnp.moveaxis(g[..., :full].reshape(*g.shape[:-1], -1, tile), -2, 0)
+
+    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        g_tile, rows = part
+        return total + _contract_rows(g_tile, unpack_ternary2(rows, k, g.dtype)), None
+
+    zero = jnp.zeros((*g.shape[:-1], k), g.dtype)
+    total, _ = lax.scan(add, zero, (columns, tiles))
+    if tail.shape[0] == 0:
+        return total
+    return add(total, (g[..., full:], tail))[0]
+
+
+def _tile_rows(n: int, k: int, dtype: jnp.dtype) -> int | None:
+    """Rows unpacked at once, or None where the whole float matrix is small enough."""
+    if n * k * jnp.dtype(dtype).itemsize <= FLOAT_SCRATCH_BYTES or n <= TILE_ROWS:
+        return None
+    return TILE_ROWS
+
+
+def _row_tiles(packed: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
+    full = packed.shape[0] // tile * tile
+    return packed[:full].reshape(-1, tile, packed.shape[1]), packed[full:]
+
+
+def _contract_last(x: jax.Array, w: jax.Array, accumulate: jnp.dtype) -> jax.Array:
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(x, w, contract, preferred_element_type=accumulate)
+
+
+def _contract_rows(g: jax.Array, w: jax.Array) -> jax.Array:
+    contract = (((g.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(g, w, contract, preferred_element_type=g.dtype)
+
+
+def _row_product(x: jax.Array, packed: jax.Array) -> jax.Array:
+    """One row: a multiply and reduce, which XLA fuses with the unpacking on CPU.
+
+    The sums are whole numbers below 2^24 as long as K < 132,104, so float32 holds them exactly.
+    """
+    k = x.shape[-1]
+    dtype = jnp.float32 if k < (1 << 24) // 127 else jnp.int32
+    products = unpack_ternary2(packed, k, dtype) * x.reshape(k).astype(dtype)
+    return jnp.sum(products, axis=-1).astype(jnp.int32).reshape(*x.shape[:-1], -1)
