@@ -30,7 +30,7 @@ class FabricError(Exception):
             parts.append(f"found {found}")
         message = "; ".join(parts) + "."
         if fix is not None:
-            message += f" {fix.rstrip('.')}."
+            message += f" {fix}" if fix.endswith("?") else f" {fix.rstrip('.')}."
         super().__init__(message)
 
 

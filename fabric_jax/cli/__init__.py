@@ -1,0 +1,1 @@
+"""The ``fabric-jax`` command, one file a subcommand."""

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float32, Int32
 class Batch:
     """Rows of packed or padded token sequences; every array has shape [B, T].
 
+    Training stacks the micro-batches of a step: there every array has shape [A, B, T].
+
     Attributes:
         tokens: inputs.
         targets: the token that follows each input inside its document, 0 where there is none.

@@ -1,0 +1,1 @@
+"""Flax modules and the functions they are made of."""

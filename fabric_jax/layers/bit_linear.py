@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fabric_kernels import packed_width
 from fabric_kernels.ternary_matmul import Implementation
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from fabric_jax.layers.dot import linear
@@ -24,6 +25,8 @@ BaseMode = Literal["packed", "master", "float"]
 straight-through gradients. ``float``: a plain linear without quantisers."""
 
 INIT_STD = 0.02
+LINEAR_OUTPUT = "linear"
+"""The name under which rematerialisation policies know the output of a linear."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +77,11 @@ class BitLinear(nnx.Module):
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[..., K] to [..., N] in the dtype of ``x``."""
         y = self._base(x)
-        if self.lora is None:
-            return y
-        if dropout_key is not None:
-            dropout_key = jax.random.fold_in(dropout_key, self.stream)
-        return y + self.lora(x, dropout_key)
+        if self.lora is not None:
+            if dropout_key is not None:
+                dropout_key = jax.random.fold_in(dropout_key, self.stream)
+            y = y + self.lora(x, dropout_key)
+        return checkpoint_name(y, LINEAR_OUTPUT)
 
     def _base(self, x: jax.Array) -> jax.Array:
         match self.mode:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from fabric_jax.layers.dot import linear
 
-LOGITS_TILE_BYTES = 32 << 20
+LOGITS_TILE_BYTES = 8 << 20
 
 
 def tiled_cross_entropy(
@@ -22,7 +22,7 @@ def tiled_cross_entropy(
 ) -> Float32[Array, ""]:
     """``sum_i weights_i · (logsumexp(z_i) - z_i[targets_i])`` with ``z = hidden · head^T``.
 
-    Tokens are taken in tiles whose float32 logits stay under 32 MiB. Where a gradient is wanted it
+    Tokens are taken in tiles whose float32 logits stay under 8 MiB. Where a gradient is wanted it
     is formed in the same pass (two products with the head instead of three) and stored as
     ``d hidden`` [N, D]; the gradient of the head is formed only if ``train_head``, otherwise it
     is zero.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fabric_jax.errors import FabricError, unknown_name
-from fabric_jax.layers.dot import linear
+from fabric_jax.layers.dot import linear, linear_transposed
 from fabric_jax.layers.parameters import Constant, Uniform, declare_adapter
 
 TARGET_GROUPS: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ class LoraConfig:
         targets: ``attention``, ``mlp``, ``all``, or names among q k v o gate up down.
         dropout: probability of dropping an input channel of the adapter in training.
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
-        dtype: of the adapter's weights.
+        adapter_dtype: of the adapter's weights.
     """
 
     rank: int = 8
@@ -37,7 +37,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("all",)
     dropout: float = 0.0
     rslora: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         """Checks the numbers and the names."""
@@ -75,19 +75,24 @@ class LoraConfig:
 
 
 class Lora(nnx.Module):
-    """``scale · B(A(x))`` with A [R, K] and B [N, R]; zero at first, since B is."""
+    """``scale · B(A(x))`` with A stored [R, K] and B stored [R, N]; zero at first, since B is.
+
+    B keeps the rank first so that its gradient comes out of the product as it is stored.
+    """
 
     def __init__(self, n: int, k: int, config: LoraConfig, *, stack: tuple[int, ...] = ()) -> None:
         """Declares A and B for a linear of [n, k]."""
         if config.rank > min(n, k):
             raise FabricError(
-                f"LoRA rank {config.rank} is larger than a dimension of a targeted [{n}, {k}] linear",
+                f"LoRA rank {config.rank} exceeds a dimension of a targeted [{n}, {k}] linear",
                 expected=f"at most {min(n, k)}",
                 fix="Lower --rank or choose other targets",
             )
         # Kaiming-uniform with a = sqrt(5), PEFT's default, is this bound.
-        self.a = declare_adapter((config.rank, k), config.dtype, Uniform(k**-0.5), stack=stack)
-        self.b = declare_adapter((n, config.rank), config.dtype, Constant(0.0), stack=stack)
+        self.a = declare_adapter(
+            (config.rank, k), config.adapter_dtype, Uniform(k**-0.5), stack=stack
+        )
+        self.b = declare_adapter((config.rank, n), config.adapter_dtype, Constant(0.0), stack=stack)
         self.scale = config.scale
         self.dropout = config.dropout
 
@@ -99,4 +104,30 @@ class Lora(nnx.Module):
         if dropout_key is not None and self.dropout > 0:
             keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
-        return linear(linear(x, self.a[...]), self.b[...]) * jnp.asarray(self.scale, x.dtype)
+        narrow = linear(x, self.a[...]) * jnp.asarray(self.scale, x.dtype)
+        return _widen(narrow, self.b[...])
+
+
+@jax.custom_vjp
+def _widen(narrow: jax.Array, b: jax.Array) -> jax.Array:
+    """``narrow[..., R] · b[R, N]``.
+
+    Its own gradient rule only fixes the order of a product: ``db = narrow^T · g`` transposes the
+    narrow operand, where the built-in rule has XLA transpose ``g`` [..., N] in every layer, which
+    on CPU costs more than the product.
+    """
+    return linear_transposed(narrow, b)
+
+
+def _widen_fwd(narrow: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return linear_transposed(narrow, b), (narrow, b)
+
+
+def _widen_bwd(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    narrow, b = residuals
+    rows, columns = narrow.reshape(-1, narrow.shape[-1]), g.reshape(-1, g.shape[-1])
+    db = linear_transposed(rows.T, columns)
+    return linear(g, b), db.astype(b.dtype)
+
+
+_widen.defvjp(_widen_fwd, _widen_bwd)

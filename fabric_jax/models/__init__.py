@@ -1,0 +1,1 @@
+"""Configurations, the decoder and its random weights."""

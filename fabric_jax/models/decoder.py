@@ -1,6 +1,6 @@
 """The decoder: one module for every model, its layers stacked and scanned."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from fabric_jax.errors import FabricError
 from fabric_jax.layers.attention import Attention, attend
-from fabric_jax.layers.bit_linear import INIT_STD, BaseMode, LinearOptions
+from fabric_jax.layers.bit_linear import INIT_STD, LINEAR_OUTPUT, BaseMode, LinearOptions
 from fabric_jax.layers.cross_entropy import tiled_cross_entropy
 from fabric_jax.layers.dot import linear
 from fabric_jax.layers.feed_forward import FeedForward
@@ -25,8 +25,9 @@ from fabric_jax.layers.rope import rotary_angles
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.quantization.absmax import ActQuant
 
-Remat = Literal["none", "layer"]
-"""What the backward pass recomputes: nothing, or everything inside each layer."""
+Remat = Literal["none", "linears", "layer"]
+"""What the backward pass keeps of a layer: everything, the outputs of its linears (norms, gates and
+attention are recomputed, no product with a weight is), or its input alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class DecoderOptions:
     act_quant: ActQuant = "per_token"
     implementation: Implementation | None = None
     remat: Remat = "none"
-    lora: LoraConfig = LoraConfig(rank=0)
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))
 
 
 class Block(nnx.Module):
@@ -191,8 +192,14 @@ class Decoder(nnx.Module):
                 k, v = cache.read(index, h.dtype)
             return (block.combine(h, attend(q, k, v, mask), key), cache), None
 
-        if self.remat == "layer":
-            body = jax.checkpoint(body, prevent_cse=False)
+        match self.remat:
+            case "none":
+                pass
+            case "linears":
+                keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)
+                body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+            case "layer":
+                body = jax.checkpoint(body, prevent_cse=False)
         h = self.embedding[...][tokens]
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (h, cache), _ = lax.scan(body, (h, cache), (indices, trees))

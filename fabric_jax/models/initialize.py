@@ -1,11 +1,11 @@
 """Random weights, made leaf by leaf in their final format."""
 
 import zlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -14,6 +14,8 @@ from fabric_jax.models.decoder import DecoderDefinition
 
 Tree = dict[str, Any]
 """Nested dictionaries of arrays."""
+
+BLOCK_ELEMENTS = 1 << 22
 
 
 def initialize_base(definition: DecoderDefinition, seed: int) -> Tree:
@@ -53,8 +55,26 @@ def nest(leaves: list[tuple[tuple[str, ...], Any]]) -> Tree:
 def _make(
     make: Initializer, stacked: bool, like: jax.ShapeDtypeStruct, key: jax.Array
 ) -> jax.Array:
-    """One tensor; a stack is made one layer at a time, so that scratch stays that of a layer."""
+    """One tensor, made a layer or a block of rows at a time: scratch stays that of one part."""
     if not stacked:
-        return make(key, like.shape, like.dtype)
-    one: Callable[[jax.Array], jax.Array] = lambda k: make(k, like.shape[1:], like.dtype)  # noqa: E731
+        return _by_blocks(make, like, key)
+
+    def one(layer_key: jax.Array) -> jax.Array:
+        return make(layer_key, like.shape[1:], like.dtype)
+
     return lax.map(one, jax.random.split(key, like.shape[0]))
+
+
+def _by_blocks(make: Initializer, like: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+    """A tensor of one layer, by blocks of rows; the last block ends with the last row."""
+    rows = like.shape[0]
+    block = min(rows, max(1, BLOCK_ELEMENTS // max(1, like.size // rows)))
+    if block == rows:
+        return make(key, like.shape, like.dtype)
+
+    def write(index: jax.Array, out: jax.Array) -> jax.Array:
+        part = make(jax.random.fold_in(key, index), (block, *like.shape[1:]), like.dtype)
+        start = jnp.minimum(index * block, rows - block)
+        return lax.dynamic_update_slice_in_dim(out, part, start, 0)
+
+    return lax.fori_loop(0, -(-rows // block), write, jnp.zeros(like.shape, like.dtype))

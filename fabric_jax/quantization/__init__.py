@@ -1,0 +1,1 @@
+"""BitNet's arithmetic: quantisers, straight-through estimators, the packed linear."""

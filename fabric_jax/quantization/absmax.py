@@ -11,6 +11,7 @@ ActQuant = Literal["per_token", "block256", "none"]
 
 EPSILON = 1e-5
 BLOCK = 256
+SMALLEST = 1e-36
 
 
 def absmax_quantize(
@@ -39,9 +40,9 @@ def block256_fake_quantize(x: jax.Array) -> jax.Array:
     """``x`` replaced by what llama.cpp's Q8_K blocks of 256 along the last axis make of it.
 
     In each block the scale comes from the element of largest magnitude with its sign:
-    ``i = -127/m``, ``codes = min(127, rint(i·x))``, value ``codes / i`` (ggml ``quantize_row_q8_K``;
-    the signed form lets the largest element map to -127 exactly). A block of zeros stays zero. The
-    last block may be short.
+    ``i = -127/m``, ``codes = min(127, rint(i·x))``, value ``codes / i`` (``quantize_row_q8_K`` of
+    ggml; with the sign the largest element maps to -127 exactly). A block of zeros stays zero, and
+    so becomes one whose ``127/m`` float32 can't hold. The last block may be short.
     """
     k = x.shape[-1]
     pad = -k % BLOCK
@@ -49,7 +50,7 @@ def block256_fake_quantize(x: jax.Array) -> jax.Array:
     blocks = blocks.reshape(*x.shape[:-1], -1, BLOCK)
     where = jnp.argmax(jnp.abs(blocks), axis=-1, keepdims=True)
     largest = jnp.take_along_axis(blocks, where, axis=-1)
-    zero = largest == 0
+    zero = jnp.abs(largest) < SMALLEST
     inverse = -127.0 / jnp.where(zero, 1.0, largest)
     codes = jnp.minimum(jnp.rint(blocks * inverse), 127.0)
     values = jnp.where(zero, 0.0, codes / inverse)

@@ -1,0 +1,1 @@
+"""Loss to update: optimizer, step, loop."""

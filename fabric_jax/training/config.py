@@ -1,5 +1,6 @@
-"""Settings of a fine-tuning run; every field is a flag of ``fabric-jax finetune``."""
+"""Settings of training runs; every field is a flag of the command of the same name."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +21,7 @@ class OptimizerConfig:
         min_learning_rate: where the linear and cosine schedules end.
         warmup_steps: optimizer steps of linear warm-up from 0.
         warmup_ratio: the same as a share of all steps; used where ``warmup_steps`` is 0.
-        weight_decay: decoupled.
+        weight_decay: decoupled; the gains of norms are left out.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         epsilon: added to the root of the second moment.
@@ -45,6 +46,7 @@ class OptimizerConfig:
             min_learning_rate=self.min_learning_rate,
             warmup_steps=self.warmup_steps,
             weight_decay=self.weight_decay,
+            epsilon=self.epsilon,
             clip_norm=self.clip_norm,
         )
         if self.min_learning_rate > self.learning_rate:
@@ -59,38 +61,41 @@ class OptimizerConfig:
                 expected="0 to 1",
                 found=str(self.warmup_ratio),
             )
+        for name in ("beta1", "beta2"):
+            value: float = getattr(self, name)
+            if not 0 <= value < 1:
+                raise FabricError(
+                    f"{name} out of range", expected=f"0 <= {name} < 1", found=str(value)
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """A LoRA fine-tuning run.
+class RunConfig:
+    """What every training run has.
 
     Attributes:
-        model: registry name (random weights) or a folder saved by fabric_jax.
-        output: folder for checkpoints, adapter, metrics and summary.
-        adapter: folder of an adapter to continue from, instead of a fresh one.
-        lora: rank, alpha, targets and the like.
+        output: folder for checkpoints, metrics, summary and what was trained.
         dataset: rows, tokenizer, masks, lengths.
         optimizer: AdamW and its schedule.
         epochs: passes over the data.
-        max_steps: stop after so many optimizer steps; 0 for no limit.
+        max_steps: stop after so many optimizer steps, even within the epochs; 0 for no limit.
         accumulation: micro-batches summed into one optimizer step.
         eval_every: optimizer steps between evaluations; 0 for once an epoch.
-        save_every: optimizer steps between checkpoints; 0 for only at the end.
+        save_every: optimizer steps between checkpoints; 0 for only at the end. The best state and
+            that of an interrupted run are saved whatever it says.
         keep_last: newest checkpoints kept, beside the best.
         log_every: optimizer steps between lines of metrics.
-        resume: ``auto`` continues the newest checkpoint in ``output``; ``never`` refuses to
-            overwrite one.
+        tensorboard: whether to write TensorBoard events too.
+        resume: ``auto`` continues the newest checkpoint in ``output``, if there is one; ``never``
+            refuses to overwrite one.
         dtype: of activations and unpacked weights.
-        act_quant: quantiser of the inputs of ternary linears.
+        act_quant: quantiser of the inputs of ternary linears; by default the one that the model
+            was saved with, else per_token.
         remat: what the backward pass recomputes instead of keeping.
         seed: of adapter, dropout and random base weights.
     """
 
-    model: str
     output: str
-    adapter: str = ""
-    lora: LoraConfig = field(default_factory=LoraConfig)
     dataset: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 1
@@ -100,26 +105,67 @@ class FinetuneConfig:
     save_every: int = 100
     keep_last: int = 2
     log_every: int = 1
+    tensorboard: bool = True
     resume: Literal["auto", "never"] = "never"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    act_quant: ActQuant = "per_token"
+    act_quant: ActQuant | None = None
     remat: Remat = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuses numbers that can't be meant."""
         _at_least_zero(
-            max_steps=self.max_steps, eval_every=self.eval_every, save_every=self.save_every
+            max_steps=self.max_steps,
+            eval_every=self.eval_every,
+            save_every=self.save_every,
+            seed=self.seed,
         )
         for name in ("epochs", "accumulation", "keep_last", "log_every"):
             value = getattr(self, name)
             if value < 1:
                 raise FabricError(f"{name} out of range", expected="1 or more", found=str(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """A LoRA fine-tuning run.
+
+    Attributes:
+        model: registry name (random weights) or a folder saved by fabric_jax.
+        adapter: folder of an adapter to continue from, instead of a fresh one.
+        lora: rank, alpha, targets and the like.
+    """
+
+    model: str
+    adapter: str = ""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that can't be meant."""
+        super().__post_init__()
         if self.lora.rank == 0:
             raise FabricError("LoRA rank 0 trains nothing", fix="Give --rank 1 or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Training from random weights: the ternary linears keep float master weights.
+
+    Attributes:
+        model: registry name.
+        vocab_size: rows of the embedding, for a tokenizer of another size; 0 for the model's own.
+    """
+
+    model: str
+    vocab_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that can't be meant."""
+        super().__post_init__()
+        _at_least_zero(vocab_size=self.vocab_size)
+
+
 def _at_least_zero(**values: float) -> None:
     for name, value in values.items():
-        if value < 0:
+        if not (math.isfinite(value) and value >= 0):
             raise FabricError(f"{name} out of range", expected="0 or more", found=str(value))

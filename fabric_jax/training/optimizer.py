@@ -1,17 +1,23 @@
 """AdamW with warm-up and decay, in optax."""
 
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
 import optax
 
+from fabric_jax.models.initialize import Tree
 from fabric_jax.training.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by optimizer step: linear from 0 to the peak, then the named schedule.
+    """Learning rate by the number of optimizer steps done.
 
-    Step 0 already moves: warm-up over w steps gives the first one peak / w. The decay ends at
-    ``min_learning_rate`` on the last of ``total_steps``.
+    Warm-up over w steps gives the first step peak / w and the w-th the peak. The decay then starts
+    from the peak and would reach ``min_learning_rate`` one step after the last of ``total_steps``,
+    so that no step is spent at zero.
     """
-    warmup = config.warmup_steps or round(config.warmup_ratio * total_steps)
+    warmup = warmup_steps(config, total_steps)
     peak, last = config.learning_rate, config.min_learning_rate
     decay_steps = max(1, total_steps - warmup)
     match config.schedule:
@@ -27,15 +33,48 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     return optax.join_schedules([rise, after], [warmup])
 
 
+def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
+    """Optimizer steps of warm-up."""
+    return config.warmup_steps or round(config.warmup_ratio * total_steps)
+
+
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW on that schedule."""
+    """Clipping by global norm, then AdamW on that schedule; all of it in float32."""
     adamw = optax.adamw(
         learning_rate_schedule(config, total_steps),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
+        mask=_decays,
     )
     if config.clip_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        return _in_float32(adamw)
+    return _in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw))
+
+
+def to_float32(tree: Any) -> Any:
+    """The tree with every leaf in float32; float32 leaves are passed on as they are."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _decays(params: Any) -> Any:
+    """Which leaves weight decay is for: all but the gains of norms."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), cast(Tree, params)
+    )
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``inner`` on float32 copies, so that moments and updates of bfloat16 weights aren't rounded.
+
+    In bfloat16 a second moment with beta2 = 0.999 stops moving: the steps are below its precision.
+    """
+
+    def init(params: Any) -> Any:
+        return inner.init(to_float32(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(to_float32(updates), state, to_float32(params))
+
+    return optax.GradientTransformation(init, update)

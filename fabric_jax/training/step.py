@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float32, Int32
 from fabric_jax.data.batch import Batch
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
+from fabric_jax.training.optimizer import to_float32
 
 Trains = Literal["adapter", "base"]
 """Which tree is optimised: LoRA fine-tuning or training from scratch. The other one is frozen."""
@@ -53,7 +54,20 @@ class StepMetrics:
     grad_norm: Float32[Array, ""]
 
 
-TrainStep = Callable[[TrainState, Tree, Batch, jax.Array], tuple[TrainState, StepMetrics]]
+class TrainStep(Protocol):
+    """A compiled optimizer step."""
+
+    def __call__(
+        self, state: TrainState, frozen: Tree, batch: Batch, root_key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        """The next state and what the step reports."""
+        ...
+
+    def lower(
+        self, state: TrainState, frozen: Tree, batch: Batch, root_key: jax.Array
+    ) -> jax.stages.Lowered:
+        """The program for arguments like these, to be compiled ahead of the first step."""
+        ...
 
 
 def init_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainState:
@@ -81,7 +95,11 @@ def make_train_step(
         hidden = decoder(batch.tokens, batch.positions, batch.segment_ids, key)
         return decoder.loss(hidden, batch.targets, batch.loss_mask, train_head=trains == "base")
 
-    gradient = jax.value_and_grad(loss_sum)
+    def gradient(
+        params: Tree, frozen: Tree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Tree]:
+        loss, grads = jax.value_and_grad(loss_sum)(params, frozen, batch, key)
+        return loss, to_float32(grads)
 
     @partial(jax.jit, donate_argnums=(0,))
     def step(
@@ -93,9 +111,11 @@ def make_train_step(
         )
         tokens = jnp.sum(batch.loss_mask)
         share = 1.0 / jnp.maximum(tokens, 1.0)
-        grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g * share, grads)
         updates, moments = optimizer.update(grads, state.moments, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(
+            lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), state.params, updates
+        )
         metrics = StepMetrics(
             loss=total * share,
             trainable_tokens=tokens,

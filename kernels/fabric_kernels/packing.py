@@ -45,8 +45,7 @@ def pack_ternary2(codes: Int8[Array, "*stack n k"]) -> UInt8[Array, "*stack n k/
     fields = (codes.astype(jnp.int8) + 1).astype(jnp.uint8)
     fields = jnp.pad(fields, [(0, 0)] * (codes.ndim - 1) + [(0, pad)], constant_values=1)
     fields = fields.reshape(*codes.shape[:-1], -1, CODES_PER_BYTE)
-    shifts = jnp.arange(CODES_PER_BYTE, dtype=jnp.uint8) * 2
-    return jnp.sum(fields << shifts, axis=-1, dtype=jnp.uint8)
+    return jnp.sum(fields << _shifts(fields.ndim), axis=-1, dtype=jnp.uint8)
 
 
 def unpack_ternary2(
@@ -58,7 +57,12 @@ def unpack_ternary2(
             f"packed rows of {k} ternary weights have {packed_width(k)} bytes, "
             f"found {packed.shape[-1]}"
         )
-    shifts = jnp.arange(CODES_PER_BYTE, dtype=jnp.uint8) * 2
-    fields = (packed[..., None] >> shifts) & jnp.uint8(3)
+    fields = (packed[..., None] >> _shifts(packed.ndim + 1)) & jnp.uint8(3)
     fields = fields.reshape(*packed.shape[:-1], -1)
     return (fields.astype(dtype) - jnp.asarray(1, dtype))[..., :k]
+
+
+def _shifts(ndim: int) -> jax.Array:
+    """Bit positions of the fields of a byte, on the last of ``ndim`` axes."""
+    shifts = jnp.arange(CODES_PER_BYTE, dtype=jnp.uint8) * 2
+    return jnp.expand_dims(shifts, range(ndim - 1))

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fabric_kernels.packing import unpack_ternary2
+from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
 
-# A float copy of a matrix above this is made tile by tile: at 16 MiB the copy still lies in the
-# last-level cache of common CPUs, beyond it tiling is faster as well as smaller.
-FLOAT_SCRATCH_BYTES = 16 << 20
-TILE_ROWS = 256
+# A float copy of a matrix above this is made in tiles of about this size. It still lies in a cache,
+# and the tiles are large enough for the dot to run at the speed of an untiled one.
+FLOAT_SCRATCH_BYTES = 4 << 20
+MIN_TILE_ROWS = 128
 
 
 def matmul(x: jax.Array, packed: jax.Array) -> jax.Array:
@@ -44,7 +44,7 @@ def matmul_transposed(g: jax.Array, packed: jax.Array, k: int) -> jax.Array:
     n = packed.shape[0]
     tile = _tile_rows(n, k, g.dtype)
     if tile is None:
-        return _contract_rows(g, unpack_ternary2(packed, k, g.dtype))
+        return _contract_rows(g, unpack_ternary2(packed, k, g.dtype)).astype(g.dtype)
     tiles, tail = _row_tiles(packed, tile)
     full = n - tail.shape[0]
     columns = jnp.moveaxis(g[..., :full].reshape(*g.shape[:-1], -1, tile), -2, 0)
@@ -53,18 +53,19 @@ def matmul_transposed(g: jax.Array, packed: jax.Array, k: int) -> jax.Array:
         g_tile, rows = part
         return total + _contract_rows(g_tile, unpack_ternary2(rows, k, g.dtype)), None
 
-    zero = jnp.zeros((*g.shape[:-1], k), g.dtype)
+    zero = jnp.zeros((*g.shape[:-1], k), jnp.float32)
     total, _ = lax.scan(add, zero, (columns, tiles))
-    if tail.shape[0] == 0:
-        return total
-    return add(total, (g[..., full:], tail))[0]
+    if tail.shape[0] > 0:
+        total, _ = add(total, (g[..., full:], tail))
+    return total.astype(g.dtype)
 
 
 def _tile_rows(n: int, k: int, dtype: jnp.dtype) -> int | None:
     """Rows unpacked at once, or None where the whole float matrix is small enough."""
-    if n * k * jnp.dtype(dtype).itemsize <= FLOAT_SCRATCH_BYTES or n <= TILE_ROWS:
-        return None
-    return TILE_ROWS
+    rows = max(MIN_TILE_ROWS, FLOAT_SCRATCH_BYTES // (k * jnp.dtype(dtype).itemsize))
+    # Even tiles: one more of them rather than a short last one.
+    tiles = -(-n // rows)
+    return None if tiles == 1 else -(-n // tiles)
 
 
 def _row_tiles(packed: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
@@ -74,20 +75,35 @@ def _row_tiles(packed: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
 
 def _contract_last(x: jax.Array, w: jax.Array, accumulate: jnp.dtype) -> jax.Array:
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, w, contract, preferred_element_type=accumulate)
+    return lax.dot_general(
+        x, w, contract, precision=_precision(x), preferred_element_type=accumulate
+    )
 
 
 def _contract_rows(g: jax.Array, w: jax.Array) -> jax.Array:
     contract = (((g.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(g, w, contract, preferred_element_type=g.dtype)
+    return lax.dot_general(
+        g, w, contract, precision=_precision(g), preferred_element_type=jnp.float32
+    )
+
+
+def _precision(x: jax.Array) -> lax.Precision | None:
+    """Keeps accelerators from rounding float32 operands to TF32 or bfloat16."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def _row_product(x: jax.Array, packed: jax.Array) -> jax.Array:
-    """One row: a multiply and reduce, which XLA fuses with the unpacking on CPU.
+    """One row: the four fields of all bytes in turn, a multiply and reduce that XLA fuses on CPU.
 
-    The sums are whole numbers below 2^24 as long as K < 132,104, so float32 holds them exactly.
+    The sums are whole numbers of at most 2^24 as long as K <= 2^17 (a code may be -128), so float32
+    holds them exactly.
     """
     k = x.shape[-1]
-    dtype = jnp.float32 if k < (1 << 24) // 127 else jnp.int32
-    products = unpack_ternary2(packed, k, dtype) * x.reshape(k).astype(dtype)
+    dtype = jnp.float32 if k <= 1 << 17 else jnp.int32
+    pad = packed.shape[1] * CODES_PER_BYTE - k
+    by_field = jnp.pad(x.reshape(k), (0, pad)).reshape(-1, CODES_PER_BYTE).T.astype(dtype)
+    products = jnp.zeros(packed.shape, dtype)
+    for field in range(CODES_PER_BYTE):
+        codes = ((packed >> (2 * field)) & 3).astype(dtype) - 1
+        products = products + codes * by_field[field][None, :]
     return jnp.sum(products, axis=-1).astype(jnp.int32).reshape(*x.shape[:-1], -1)

@@ -1,0 +1,193 @@
+"""Model folders of fabric_jax: ``config.json`` and ``model.safetensors``.
+
+The tensors are the base tree as it is in memory, packed weights included, under its paths joined by
+dots; stacked layers stay stacked.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fabric_jax.checkpoints.arrays import (
+    HostArray,
+    Layout,
+    layout_differences,
+    layouts,
+    named_leaves,
+    summarize,
+)
+from fabric_jax.checkpoints.folders import new_folder, read_json_object
+from fabric_jax.checkpoints.tensor_file import TensorFile, open_tensors, write_tensors
+from fabric_jax.errors import FabricError, unknown_name
+from fabric_jax.files import write_atomically, write_json
+from fabric_jax.layers.bit_linear import BaseMode
+from fabric_jax.models.config import ModelConfig
+from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
+from fabric_jax.models.initialize import Tree, nest
+from fabric_jax.quantization.absmax import ActQuant
+
+FORMAT = "fabric_jax"
+VERSION = 1
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+FILES = frozenset({CONFIG, WEIGHTS, TOKENIZER})
+KEYS = ("format", "version", "model", "mode", "dtype", "act_quant", "tokenizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """What ``config.json`` says.
+
+    Attributes:
+        model: what the model is.
+        mode: the form of its linears' weights.
+        dtype: of its other weights.
+        act_quant: the quantiser it was trained with.
+        tokenizer: the tokenizer file in the folder; None for a model of bytes or of none.
+    """
+
+    model: ModelConfig
+    mode: BaseMode
+    dtype: str
+    act_quant: ActQuant
+    tokenizer: Path | None
+
+
+def save_model(
+    folder: str | Path, definition: DecoderDefinition, base: Tree, *, tokenizer_json: bytes | None
+) -> None:
+    """Writes a model folder; it appears whole or not at all.
+
+    Args:
+        folder: where; an earlier model folder there is replaced.
+        definition: of the decoder, whose adapter is not saved.
+        base: its weights.
+        tokenizer_json: contents of the tokenizer's file, if the model has one.
+
+    Raises:
+        FabricError: ``base`` does not fit ``definition``, or the folder can't be written.
+    """
+    options = definition.options
+    wrong = layout_differences(base_layouts(definition), layouts(base))
+    if wrong:
+        raise FabricError(
+            f"these weights are not those of {definition.config.name}: {summarize(wrong)}"
+        )
+    with new_folder(folder, replaces=FILES) as staged:
+        write_tensors(staged / WEIGHTS, named_leaves(base))
+        if tokenizer_json is not None:
+            write_atomically(staged / TOKENIZER, tokenizer_json)
+        config = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": definition.config.to_dict(),
+            "mode": options.mode,
+            "dtype": jnp.dtype(options.dtype).name,
+            "act_quant": options.act_quant,
+            "tokenizer": None if tokenizer_json is None else TOKENIZER,
+        }
+        write_json(staged / CONFIG, config)
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether ``save_model`` wrote this folder."""
+    path = folder / CONFIG
+    return path.is_file() and read_json_object(path).get("format") == FORMAT
+
+
+def read_model_config(folder: Path) -> FolderConfig:
+    """Reads and checks ``config.json``.
+
+    Raises:
+        FabricError: a key is unknown, missing or has a value that it can't have.
+    """
+    path = folder / CONFIG
+    stored = read_json_object(path)
+    if stored.get("format") != FORMAT:
+        raise FabricError(f"{path} is not of a fabric_jax model")
+    if stored.get("version") != VERSION:
+        raise FabricError(
+            f"{path} was written by another version of fabric_jax",
+            expected=f"version {VERSION}",
+            found=str(stored.get("version")),
+        )
+    for key in stored:
+        if key not in KEYS:
+            raise unknown_name(f"key in {path}", key, KEYS)
+    missing = [key for key in KEYS if key not in stored]
+    if missing or not isinstance(stored["model"], dict):
+        raise FabricError(f"{path} lacks {', '.join(missing) or 'a model'}")
+    for key, known in (
+        ("mode", get_args(BaseMode)),
+        ("act_quant", get_args(ActQuant)),
+        ("dtype", ("float32", "bfloat16", "float16")),
+        ("tokenizer", (None, TOKENIZER)),
+    ):
+        if stored[key] not in known:
+            raise unknown_name(f"{key} in {path}", str(stored[key]), map(str, known))
+    return FolderConfig(
+        model=ModelConfig.from_dict(cast(dict[str, Any], stored["model"])),
+        mode=stored["mode"],
+        dtype=stored["dtype"],
+        act_quant=stored["act_quant"],
+        tokenizer=None if stored["tokenizer"] is None else folder / TOKENIZER,
+    )
+
+
+def load_model_folder(
+    folder: str | Path, options: DecoderOptions | None = None
+) -> tuple[DecoderDefinition, Tree]:
+    """Loads what ``save_model`` wrote, one tensor at a time.
+
+    Args:
+        folder: the model folder.
+        options: how to compute with the model; None for what it was saved with and no adapter. The
+            mode must be the stored one; weights are cast to the dtype.
+
+    Returns:
+        The decoder's definition and its base weights, on the default device.
+
+    Raises:
+        FabricError: the folder is damaged, its tensors are not those of its model (the differing
+            ones are named), or the mode is another one.
+    """
+    folder = Path(folder)
+    stored = read_model_config(folder)
+    plain = DecoderOptions(mode=stored.mode, dtype=stored.dtype, act_quant=stored.act_quant)
+    options = options or plain
+    if options.mode != stored.mode:
+        raise FabricError(
+            f"{folder} holds {stored.mode} weights", expected=f"the mode {options.mode!r}"
+        )
+    expected = base_layouts(define_decoder(stored.model, plain))
+    definition = define_decoder(stored.model, options)
+    wanted = base_layouts(definition)
+    leaves: list[tuple[tuple[str, ...], jax.Array]] = []
+    with open_tensors(folder / WEIGHTS) as file:
+        wrong = layout_differences(expected, file.layouts)
+        if wrong:
+            raise FabricError(
+                f"{file.path} does not hold the weights of {stored.model.name}: {summarize(wrong)}"
+            )
+        for name in wanted:
+            array = jax.device_put(_read(file, name), may_alias=False)
+            leaves.append((tuple(name.split(".")), array.astype(wanted[name].dtype)))
+    return definition, nest(leaves)
+
+
+def base_layouts(definition: DecoderDefinition) -> dict[str, Layout]:
+    """Shape and dtype of each base weight, by dotted name."""
+    return layouts(nnx.to_pure_dict(definition.base))
+
+
+def _read(file: TensorFile, name: str) -> HostArray:
+    """One tensor; packed codes are checked."""
+    array = file.read(name)
+    # Of the four values of a field 3 stands for no code; both its bits are set.
+    if array.dtype == np.uint8 and any((part & (part >> 1) & 0x55).any() for part in array):
+        raise FabricError(f"{name} in {file.path} has bytes that are no packed ternary codes")
+    return array

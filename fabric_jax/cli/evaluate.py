@@ -1,0 +1,225 @@
+"""``fabric-jax evaluate``: perplexity and task accuracy, with and without an adapter."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fabric_jax.data.config import DataConfig, LongRows, TrainOn
+from fabric_jax.errors import FabricError
+
+if TYPE_CHECKING:
+    from fabric_jax.checkpoints.loading import LoadedBase
+    from fabric_jax.data.batch import Batch
+    from fabric_jax.data.load import EvaluationData
+    from fabric_jax.data.tokenizer import Tokenizer
+    from fabric_jax.evaluation import Comparison, Evaluation
+    from fabric_jax.models.initialize import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Perplexity of a model on rows and, where these have labels, accuracy on the task.
+
+    Attributes:
+        model: registry name (random weights) or a folder saved by fabric_jax.
+        data: rows to evaluate on: a .jsonl, .json or .parquet file, a folder of them, or a data
+            set of the Hugging Face hub.
+        adapter: folder of an adapter; the base is then measured too, beside it.
+        tokenizer: a tokenizer folder, tokenizer.json, tokenizer.model, .gguf file or hub id. Empty:
+            the model's own, or bytes for a model that has none.
+        chat_template: a Jinja file to use instead of the tokenizer's own chat template.
+        columns: columns to read under other names, as known=column.
+        max_length: positions in a row.
+        batch_size: rows computed at once.
+        long_rows: what to do with rows longer than max_length.
+        train_on: tokens that count for perplexity; as in fine-tuning.
+        by: how an answer is taken from the model: the first word of what it generates greedily, or
+            the label it finds most likely (also by the mean over tokens); none for perplexity only.
+        dtype: of activations and unpacked weights.
+        act_quant: quantiser of the inputs of ternary linears; auto: what the model was saved with,
+            else per_token.
+        seed: of random base weights.
+        json: file to write the figures to.
+    """
+
+    model: str
+    data: str
+    adapter: str = ""
+    tokenizer: str = ""
+    chat_template: str = ""
+    columns: tuple[str, ...] = ()
+    max_length: int = 512
+    batch_size: int = 8
+    long_rows: LongRows = "truncate"
+    train_on: TrainOn = "auto"
+    by: Literal["generation", "likelihood", "likelihood_per_token", "none"] = "generation"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    act_quant: Literal["auto", "per_token", "block256", "none"] = "auto"
+    seed: int = 0
+    json: str = ""
+
+    @property
+    def dataset(self) -> DataConfig:
+        """How to read the rows."""
+        return DataConfig(
+            data=self.data,
+            tokenizer=self.tokenizer,
+            chat_template=self.chat_template,
+            columns=self.columns,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            long_rows=self.long_rows,
+            train_on=self.train_on,
+            shuffle=False,
+        )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parses the flags, evaluates, prints the table."""
+    from fabric_jax.cli.arguments import parse
+
+    config = parse(EvaluateConfig, "evaluate", arguments)
+    from fabric_jax.data import load_evaluation, load_tokenizer
+
+    dataset = config.dataset
+    loaded, adapter = _load(config)
+    tokenizer = load_tokenizer(
+        config.tokenizer or loaded.tokenizer_source, chat_template=config.chat_template or None
+    )
+    _check_fit(config, loaded, tokenizer)
+    data = load_evaluation(dataset, tokenizer)
+    print(data.summary)
+    comparison = _compare(config, loaded, adapter, tokenizer, data)
+    if config.json:
+        from fabric_jax.files import write_json
+
+        write_json(config.json, _record(config, comparison))
+    _print(config, comparison)
+    return 0
+
+
+def _load(config: EvaluateConfig) -> "tuple[LoadedBase, Tree]":
+    """The model and its adapter, an empty one where none is named."""
+    from fabric_jax.checkpoints.loading import load_base
+    from fabric_jax.checkpoints.peft import load_adapter, read_lora_config
+
+    lora = read_lora_config(config.adapter) if config.adapter else None
+    loaded = load_base(
+        config.model,
+        dtype=config.dtype,
+        act_quant=None if config.act_quant == "auto" else config.act_quant,
+        seed=config.seed,
+        lora=lora,
+    )
+    return loaded, load_adapter(config.adapter, loaded.definition) if config.adapter else {}
+
+
+def _check_fit(config: EvaluateConfig, loaded: "LoadedBase", tokenizer: "Tokenizer") -> None:
+    model = loaded.definition.config
+    if config.max_length > model.max_length:
+        raise FabricError(
+            f"rows are longer than {model.name} allows",
+            expected=f"max_length of at most {model.max_length}",
+            found=str(config.max_length),
+        )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise FabricError(
+            f"the tokenizer {tokenizer.source} has more tokens than {model.name}",
+            expected=f"at most {model.vocab_size}",
+            found=str(tokenizer.vocab_size),
+            fix="Use the tokenizer that the model was made with",
+        )
+
+
+def _compare(
+    config: EvaluateConfig,
+    loaded: "LoadedBase",
+    adapter: "Tree",
+    tokenizer: "Tokenizer",
+    data: "EvaluationData",
+) -> "Comparison":
+    """Measures, saying on a terminal how far it is."""
+    from rich.console import Console
+
+    from fabric_jax.evaluation import compare
+
+    total = data.batches.batches_in_epoch(0)
+    asked = () if config.by == "none" else data.labelled
+    with Console(stderr=True).status("compiling") as status:
+
+        def batches() -> "Iterator[Batch]":
+            for number, batch in enumerate(data.batches.epoch(0), 1):
+                status.update(f"perplexity: batch {number} of {total}")
+                yield batch
+            status.update(f"accuracy: {len(asked)} questions")
+
+        return compare(
+            loaded.definition,
+            loaded.base,
+            adapter,
+            tokenizer=tokenizer,
+            batches=batches(),
+            labelled=asked,
+            by="generation" if config.by == "none" else config.by,
+            batch_size=config.batch_size,
+        )
+
+
+def _record(config: EvaluateConfig, comparison: "Comparison") -> dict[str, Any]:
+    """What ``--json`` writes: the settings, the machine, the figures."""
+    from fabric_jax.measurement.device import device_facts
+
+    adapted = comparison.adapter
+    return {
+        "config": asdict(config),
+        "device": device_facts().to_dict(),
+        "base": _figures(comparison.base),
+        "adapter": None if adapted is None else _figures(adapted),
+    }
+
+
+def _figures(evaluation: "Evaluation") -> dict[str, Any]:
+    """Flat keys; those that were not measured are left out."""
+    figures: dict[str, Any] = {}
+    if (perplexity := evaluation.perplexity) is not None:
+        figures["perplexity"] = perplexity.perplexity
+        figures["loss"] = perplexity.loss
+        figures["tokens"] = perplexity.tokens
+    if (task := evaluation.accuracy) is not None:
+        figures |= {"by": task.by, **task.scores.to_dict()}
+        figures["predictions"] = list(task.predictions)
+        if task.answers:
+            figures["answers"] = list(task.answers)
+    return figures
+
+
+def _print(config: EvaluateConfig, comparison: "Comparison") -> None:
+    from fabric_jax.cli.output import print_table
+
+    columns = [_column(comparison.base)]
+    names = ["base"]
+    if comparison.adapter is not None:
+        columns.append(_column(comparison.adapter))
+        names.append("with adapter")
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    print_table(f"{config.model} on {config.data}", ("", *names), rows)
+
+
+def _column(evaluation: "Evaluation") -> dict[str, str]:
+    """Name to text of each figure."""
+    texts: dict[str, str] = {}
+    if (perplexity := evaluation.perplexity) is not None:
+        texts["perplexity"] = f"{perplexity.perplexity:.4g}"
+        texts["loss, nats a token"] = f"{perplexity.loss:.4f}"
+        texts["tokens"] = f"{perplexity.tokens:,}"
+    if (task := evaluation.accuracy) is not None:
+        scores = task.scores
+        low, high = scores.interval
+        texts[f"accuracy by {task.by.replace('_', ' ')}"] = f"{scores.accuracy:.1%}"
+        texts["95% interval"] = f"{low:.1%} to {high:.1%}"
+        texts["right"] = f"{scores.correct} of {scores.total}"
+        texts["macro-F1"] = f"{scores.macro_f1:.3f}"
+        texts["format rate"] = f"{scores.format_rate:.1%}"
+        for label, f1 in scores.f1.items():
+            texts[f"F1 of {label} ({scores.support[label]} rows)"] = f"{f1:.3f}"
+    return texts

@@ -1,0 +1,76 @@
+"""Mean next-token loss and perplexity over batches."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from fabric_jax.data.batch import Batch
+from fabric_jax.errors import FabricError
+from fabric_jax.models.initialize import Tree
+
+EvalStep = Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]
+"""``(base, adapter, batch[B, T]) -> (sum of losses in nats, number of trainable tokens)``, as made
+by ``training.step.make_eval_step``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """Loss over all trainable targets, each with the same weight.
+
+    Attributes:
+        loss: mean negative log-likelihood, nats a token.
+        tokens: targets it is the mean of.
+    """
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``; infinite where that overflows."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(np.float64(self.loss)))
+
+
+def evaluate_perplexity(
+    step: EvalStep, base: Tree, adapter: Tree, batches: Iterable[Batch]
+) -> Perplexity:
+    """The perplexity of a model on batches [B, T].
+
+    Raises:
+        FabricError: the batches hold no trainable token.
+    """
+    return evaluate_perplexities(step, base, [adapter], batches)[0]
+
+
+def evaluate_perplexities(
+    step: EvalStep, base: Tree, adapters: Sequence[Tree], batches: Iterable[Batch]
+) -> list[Perplexity]:
+    """The perplexity under each adapter, in one pass over the batches.
+
+    Sums of a batch are float32, sums of batches float64, so the result does not drift with their
+    number. One batch is always ahead on the device.
+    """
+    losses, tokens = np.zeros(len(adapters)), np.zeros(len(adapters))
+    waiting: list[tuple[jax.Array, jax.Array]] = []
+
+    def collect() -> None:
+        for i, (loss, count) in enumerate(waiting):
+            losses[i] += float(loss)
+            tokens[i] += float(count)
+
+    for batch in batches:
+        running = [step(base, adapter, batch) for adapter in adapters]
+        collect()
+        waiting = running
+    collect()
+    if adapters and not tokens[0]:
+        raise FabricError(
+            "no trainable token to evaluate on", fix="Check the evaluation rows and their masks"
+        )
+    return [
+        Perplexity(loss=float(loss / count), tokens=int(count))
+        for loss, count in zip(losses, tokens, strict=True)
+    ]

@@ -1,0 +1,214 @@
+"""Bytes of a training job by category: counted on the arrays, and predicted from dimensions."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from fabric_kernels import packed_width
+
+from fabric_jax.layers.lora import LoraConfig
+from fabric_jax.models.config import ModelConfig
+from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions
+from fabric_jax.models.initialize import Tree
+
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryByCategory:
+    """Bytes of each part of a job.
+
+    Attributes:
+        weights: of the linears in all layers; packed bytes where the model is packed.
+        scales: one float32 per packed matrix.
+        embedding_and_head: one matrix where the head is tied.
+        norms: gains.
+        adapters: LoRA matrices.
+        optimizer: its moments, and a few bytes of step counters.
+        gradients: of the trained tree. A compiled step keeps them among its temporaries, so they
+            are only predicted.
+        temporaries: scratch of the compiled step, gradients and activations included; None unless
+            a compiled step was given.
+    """
+
+    weights: int
+    scales: int
+    embedding_and_head: int
+    norms: int
+    adapters: int
+    optimizer: int
+    gradients: int | None
+    temporaries: int | None
+
+    @property
+    def base(self) -> int:
+        """The base model: everything that LoRA leaves frozen."""
+        return self.weights + self.scales + self.embedding_and_head + self.norms
+
+    @property
+    def total(self) -> int:
+        """Everything known; gradients count where temporaries, which hold them, are not."""
+        scratch = self.gradients if self.temporaries is None else self.temporaries
+        return self.base + self.adapters + self.optimizer + (scratch or 0)
+
+    def to_dict(self) -> dict[str, int | None]:
+        """Category to bytes."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """The same categories twice.
+
+    Attributes:
+        measured: from the device's own count of the arrays.
+        predicted: from the model's dimensions, before any array exists.
+    """
+
+    measured: MemoryByCategory
+    predicted: MemoryByCategory
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledMemory:
+    """What a compiled program needs on its device, in bytes, by XLA's own analysis."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """Arguments, outputs and temporaries; donated arguments, which become outputs, once."""
+        return self.arguments + self.outputs + self.temporaries - self.aliased
+
+
+def memory_by_category(
+    definition: DecoderDefinition,
+    base: Tree,
+    adapter: Tree,
+    moments: Any,
+    compiled: jax.stages.Compiled | None = None,
+) -> MemoryReport:
+    """Bytes of a job's arrays by category, beside the prediction.
+
+    Args:
+        definition: what the trees are parameters of.
+        base: base weights.
+        adapter: LoRA weights; empty where the base is trained.
+        moments: the optimizer's state, () for none.
+        compiled: the training step, for its temporaries.
+    """
+    parts = {"weights": 0, "scales": 0, "embedding_and_head": 0, "norms": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(base):
+        parts[_category(path)] += leaf_bytes(leaf)
+    measured = MemoryByCategory(
+        **parts,
+        adapters=tree_bytes(adapter),
+        optimizer=tree_bytes(moments),
+        gradients=None,
+        temporaries=None if compiled is None else compiled_memory(compiled).temporaries,
+    )
+    return MemoryReport(
+        measured=measured, predicted=predict_memory(definition.config, definition.options)
+    )
+
+
+def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCategory:
+    """The categories of a training job from dimensions alone; no array is made.
+
+    What is trained is the adapter where there is one, else a base that isn't packed. The optimizer
+    keeps two float32 moments of it (AdamW), and two step counters that are not counted here.
+    """
+    item = jnp.dtype(options.dtype).itemsize
+    shapes = config.linear_shapes.values()
+    match options.mode:
+        case "packed":
+            weights = sum(n * packed_width(k) for n, k in shapes)
+            scales = SCALE_BYTES * len(shapes)
+        case "master":
+            weights, scales = sum(4 * n * k for n, k in shapes), 0
+        case "float":
+            weights, scales = sum(item * n * k for n, k in shapes), 0
+    weights, scales = config.num_layers * weights, config.num_layers * scales
+    embedding = item * config.embedding_parameters
+    norms = item * config.norm_parameters
+    adapters = adapter_parameters(config, options.lora)
+    adapter_item = jnp.dtype(options.lora.adapter_dtype).itemsize
+    if adapters:
+        moments, gradients = 8 * adapters, adapter_item * adapters
+    elif options.mode == "packed":
+        moments = gradients = 0
+    else:
+        moments, gradients = 8 * config.parameters, weights + embedding + norms
+    return MemoryByCategory(
+        weights=weights,
+        scales=scales,
+        embedding_and_head=embedding,
+        norms=norms,
+        adapters=adapter_item * adapters,
+        optimizer=moments,
+        gradients=gradients,
+        temporaries=None,
+    )
+
+
+def adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Weights of the adapter that ``lora`` puts on a model: R · (N + K) for each linear."""
+    covered = [
+        n + k for path, (n, k) in config.linear_shapes.items() if lora.covers(path.split(".")[-1])
+    ]
+    return config.num_layers * lora.rank * sum(covered)
+
+
+def f16_bytes(config: ModelConfig) -> int:
+    """Bytes of all weights of the same model in 16 bits each."""
+    return 2 * config.parameters
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes that the arrays of a tree take on their devices."""
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def leaf_bytes(array: jax.Array) -> int:
+    """Bytes of one array on its devices.
+
+    Not ``nbytes``: that counts a whole byte for each element of a type narrower than one.
+    """
+    return int(array.on_device_size_in_bytes())
+
+
+def compiled_memory(compiled: jax.stages.Compiled) -> CompiledMemory:
+    """XLA's analysis of a compiled program.
+
+    Raises:
+        ValueError: the platform offers none.
+    """
+    stats = compiled.memory_analysis()
+    if stats is None:
+        raise ValueError("this platform has no memory analysis of compiled programs")
+    return CompiledMemory(
+        arguments=int(stats.argument_size_in_bytes),
+        outputs=int(stats.output_size_in_bytes),
+        aliased=int(stats.alias_size_in_bytes),
+        temporaries=int(stats.temp_size_in_bytes),
+    )
+
+
+def _category(path: tuple[Any, ...]) -> str:
+    names = [str(part.key) for part in path]
+    if names[0] in ("embedding", "head"):
+        return "embedding_and_head"
+    match names[-1]:
+        case "gain":
+            return "norms"
+        case "scale":
+            return "scales"
+        case "weight":
+            return "weights"
+        case _:
+            raise ValueError(f"no memory category for the parameter {'.'.join(names)}")

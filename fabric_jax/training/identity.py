@@ -1,0 +1,78 @@
+"""What must be equal for a checkpoint to be continued: all that the next step depends on.
+
+May change between sessions: where files lie, how often to log, save and evaluate, how many
+checkpoints to keep, ``remat`` (the same maths, rounded elsewhere), and ``epochs`` and ``max_steps``
+as long as the learning rate does not depend on them: that is, under the constant schedule with a
+warm-up given in steps.
+"""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fabric_jax.checkpoints.native import WEIGHTS
+from fabric_jax.data.load import Data
+from fabric_jax.errors import FabricError
+from fabric_jax.models.decoder import DecoderDefinition
+from fabric_jax.training.config import RunConfig
+from fabric_jax.training.optimizer import warmup_steps
+from fabric_jax.training.step import Trains
+
+NOT_IN_BATCHES = ("data", "eval_data", "tokenizer", "chat_template", "columns")
+"""Fields of ``DataConfig`` that say where things are; the data's fingerprint covers contents."""
+
+
+def run_identity(
+    config: RunConfig,
+    definition: DecoderDefinition,
+    data: Data,
+    *,
+    trains: Trains,
+    weights: str,
+    total_steps: int,
+) -> dict[str, Any]:
+    """The identity of a run, as nested JSON values.
+
+    Args:
+        config: of the run.
+        definition: of the decoder.
+        data: what it is trained on.
+        trains: which tree.
+        weights: names the base weights, see :func:`weights_digest`.
+        total_steps: optimizer steps that the learning rate is planned for.
+    """
+    options, optimizer = definition.options, asdict(config.optimizer)
+    del optimizer["warmup_ratio"]
+    optimizer["warmup_steps"] = warmup_steps(config.optimizer, total_steps)
+    if config.optimizer.schedule != "constant":
+        optimizer["total_steps"] = total_steps
+    settings = asdict(config.dataset)
+    for name in NOT_IN_BATCHES:
+        del settings[name]
+    return {
+        "trains": trains,
+        "model": definition.config.to_dict(),
+        "weights": weights,
+        "mode": options.mode,
+        "dtype": config.dtype,
+        "act_quant": options.act_quant,
+        "lora": asdict(options.lora),
+        "optimizer": optimizer,
+        "accumulation": config.accumulation,
+        "seed": config.seed,
+        "dataset": settings,
+        "data": data.fingerprint,
+    }
+
+
+def weights_digest(source: str, seed: int) -> str:
+    """Names base weights: SHA-256 of a folder's, or how random ones were made."""
+    path = Path(source).expanduser() / WEIGHTS
+    if not path.is_file():
+        return f"random {source} of seed {seed}"
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FabricError(f"cannot read {path}: {error.strerror}") from error

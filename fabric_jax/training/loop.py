@@ -1,0 +1,173 @@
+"""The two kinds of runs: LoRA fine-tuning of a frozen model, and training from random weights."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from fabric_jax.checkpoints.loading import load_base
+from fabric_jax.checkpoints.native import save_model
+from fabric_jax.checkpoints.peft import load_adapter, read_lora_config, save_adapter
+from fabric_jax.data.load import Data, load_data
+from fabric_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fabric_jax.errors import FabricError
+from fabric_jax.layers.lora import LoraConfig
+from fabric_jax.models.config import ModelConfig
+from fabric_jax.models.decoder import DecoderOptions, define_decoder
+from fabric_jax.models.initialize import Tree, initialize_adapter, initialize_base
+from fabric_jax.models.registry import get_config
+from fabric_jax.training.command import command_line
+from fabric_jax.training.config import FinetuneConfig, PretrainConfig, RunConfig
+from fabric_jax.training.identity import weights_digest
+from fabric_jax.training.session import Job
+from fabric_jax.training.summary import Summary
+from fabric_jax.training.train import train
+
+
+def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Summary:
+    """Trains a LoRA adapter on a frozen model.
+
+    The output folder gets ``adapter/`` (the last state, in PEFT's layout), ``adapter_best/`` (the
+    one with the lowest evaluation loss), ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``,
+    ``config.json`` and ``summary.json``.
+
+    Args:
+        config: of the run.
+        console: where progress goes; standard error where not given.
+
+    Raises:
+        FabricError: something in the configuration, model, data or output folder is wrong.
+        Interrupted: Ctrl-C or SIGTERM; the state was saved, the message says how to resume.
+    """
+
+    def prepare() -> Job:
+        loaded = load_base(
+            config.model,
+            dtype=config.dtype,
+            act_quant=config.act_quant,
+            seed=config.seed,
+            lora=_lora_settings(config),
+            remat=config.remat,
+        )
+        definition = loaded.definition
+        data, _ = _load_data(config, definition.config, loaded.tokenizer_source)
+
+        def fresh() -> Tree:
+            if config.adapter:
+                return load_adapter(config.adapter, definition)
+            return initialize_adapter(definition, config.seed)
+
+        def export(folder: Path, adapter: Tree) -> None:
+            save_adapter(folder, definition, adapter, config.model)
+
+        return Job(
+            definition=definition,
+            trains="adapter",
+            frozen=loaded.base,
+            fresh=fresh,
+            data=data,
+            weights=weights_digest(config.model, config.seed),
+            kind="adapter",
+            export=export,
+            keep_best=True,
+            resume_with=command_line("finetune", replace(config, resume="auto")),
+        )
+
+    return train(config, prepare, console=console)
+
+
+def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Summary:
+    """Trains a model from random weights with straight-through estimators.
+
+    The output folder gets ``model/`` (master weights in the last state; ``load_base`` packs them)
+    and what :func:`finetune` writes beside the adapter.
+
+    Args:
+        config: of the run.
+        console: where progress goes; standard error where not given.
+
+    Raises:
+        FabricError: something in the configuration, data or output folder is wrong.
+        Interrupted: Ctrl-C or SIGTERM; the state was saved.
+    """
+
+    def prepare() -> Job:
+        model = get_config(config.model)
+        if config.vocab_size:
+            model = replace(model, vocab_size=config.vocab_size)
+        options = DecoderOptions(
+            mode="master" if model.ternary else "float",
+            dtype=config.dtype,
+            act_quant=config.act_quant or "per_token",
+            remat=config.remat,
+        )
+        definition = define_decoder(model, options)
+        data, tokenizer = _load_data(config, model, "")
+        vocabulary = tokenizer.backend.to_str().encode() if config.dataset.tokenizer else None
+
+        def export(folder: Path, base: Tree) -> None:
+            save_model(folder, definition, base, tokenizer_json=vocabulary)
+
+        return Job(
+            definition=definition,
+            trains="base",
+            frozen={},
+            fresh=lambda: initialize_base(definition, config.seed),
+            data=data,
+            weights=f"random {config.model} of seed {config.seed}",
+            kind="model",
+            export=export,
+            keep_best=False,
+            resume_with='pretrain(dataclasses.replace(config, resume="auto"))',
+        )
+
+    return train(config, prepare, console=console)
+
+
+def _load_data(config: RunConfig, model: ModelConfig, own_tokenizer: str) -> tuple[Data, Tokenizer]:
+    """The data, with a tokenizer and rows that the model can take.
+
+    Args:
+        config: of the run.
+        model: what is trained.
+        own_tokenizer: the model's, used where the run names none.
+    """
+    dataset = config.dataset
+    if dataset.max_length > model.max_length:
+        raise FabricError(
+            f"rows are longer than {model.name} allows",
+            expected=f"max_length of at most {model.max_length}",
+            found=str(dataset.max_length),
+        )
+    tokenizer = load_tokenizer(
+        dataset.tokenizer or own_tokenizer, chat_template=dataset.chat_template or None
+    )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise FabricError(
+            f"the tokenizer {tokenizer.source} has more tokens than {model.name}",
+            expected=f"at most {model.vocab_size}",
+            found=str(tokenizer.vocab_size),
+            fix="Use the tokenizer that the model was made with",
+        )
+    return load_data(dataset, tokenizer, accumulation=config.accumulation), tokenizer
+
+
+def _lora_settings(config: FinetuneConfig) -> LoraConfig:
+    """The run's settings; those of ``config.adapter`` where it continues one.
+
+    Raises:
+        FabricError: a setting was given that differs from the adapter's.
+    """
+    if not config.adapter:
+        return config.lora
+    stored, given, default = read_lora_config(config.adapter), config.lora, LoraConfig()
+    for name in ("rank", "alpha", "linears", "rslora"):
+        value = getattr(given, name)
+        if value not in (getattr(default, name), getattr(stored, name)):
+            raise FabricError(
+                f"the adapter {config.adapter} has another LoRA {name}",
+                expected=str(getattr(stored, name)),
+                found=str(value),
+                fix="Leave the setting out, or start a fresh adapter",
+            )
+    return replace(stored, dropout=given.dropout, adapter_dtype=given.adapter_dtype)

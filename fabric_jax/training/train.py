@@ -1,0 +1,161 @@
+"""The training loop around a job: output folder, checkpoints, metrics, summary."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+from fabric_kernels.ternary_matmul import select_implementation
+from rich.console import Console
+
+from fabric_jax.checkpoints.train_state import TrainCheckpoints
+from fabric_jax.data.batch_stream import BatchStream
+from fabric_jax.errors import FabricError
+from fabric_jax.files import write_json
+from fabric_jax.models.decoder import DecoderDefinition
+from fabric_jax.training.config import RunConfig
+from fabric_jax.training.identity import run_identity
+from fabric_jax.training.lock import locked_folder
+from fabric_jax.training.metrics import MetricsLog
+from fabric_jax.training.progress import RunProgress
+from fabric_jax.training.session import Job, Session
+from fabric_jax.training.summary import SUMMARY, Summary, machine, measured
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+def train(
+    config: RunConfig, prepare: Callable[[], Job], *, console: Console | None = None
+) -> Summary:
+    """Trains what ``prepare`` loads; resumes where ``config.resume`` says so.
+
+    Args:
+        config: of the run.
+        prepare: loads model and data; called once the output folder is known to be free.
+        console: where progress goes; standard error where not given.
+
+    Returns:
+        What is in ``summary.json`` too.
+
+    Raises:
+        FabricError: another run uses the folder, it holds a run that is not to be resumed or is
+            another one, the data or model are wrong, or training diverged.
+        Interrupted: Ctrl-C or SIGTERM; the state was saved.
+    """
+    console = console or Console(stderr=True)
+    output = Path(config.output)
+    with locked_folder(output):
+        if config.resume == "never":
+            _refuse_overwriting(output)
+        job = prepare()
+        total = total_steps(config, job.data.train)
+        _describe(console, job, total)
+        identity = run_identity(
+            config,
+            job.definition,
+            job.data,
+            trains=job.trains,
+            weights=job.weights,
+            total_steps=total,
+        )
+
+        def report(text: str) -> None:
+            console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+
+        with TrainCheckpoints(
+            output / CHECKPOINTS, keep_last=config.keep_last, identity=identity, report=report
+        ) as checkpoints:
+            session = Session(config, job, total, checkpoints)
+            write_json(output / CONFIG, asdict(config))
+            if session.step:
+                console.print(f"resuming after step {session.step} of {total}", highlight=False)
+            _run(session, console)
+        job.export(output / job.kind, session.state.params)
+        summary = _summarise(session)
+        write_json(output / SUMMARY, summary.to_json())
+    return summary
+
+
+def total_steps(config: RunConfig, stream: BatchStream) -> int:
+    """Optimizer steps of a run: its epochs, cut off at ``max_steps`` where that is given."""
+    steps = stream.batches_in_epochs(config.epochs)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def parameter_count(tree: object) -> int:
+    """Elements of all arrays of a tree, abstract ones too."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _run(session: Session, console: Console) -> None:
+    """Runs a session with its metrics and progress open."""
+    log = MetricsLog(
+        session.output,
+        last_step=session.totals.logged_step,
+        tensorboard=session.config.tensorboard,
+    )
+    try:
+        with RunProgress(console, total_steps=session.total_steps, done=session.step) as progress:
+            session.run(log, progress)
+        session.checkpoints.wait()
+    finally:
+        log.close()
+
+
+def _refuse_overwriting(output: Path) -> None:
+    folder = output / CHECKPOINTS
+    if folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir()):
+        raise FabricError(
+            f"{output} holds the checkpoints of a run",
+            fix="Give --resume auto to continue it, or choose another --output",
+        )
+
+
+def _describe(console: Console, job: Job, total: int) -> None:
+    """Prints what is about to happen."""
+    definition, data = job.definition, job.data
+    config = definition.config
+    kernel = implementation(definition)
+    lines = [
+        f"model {config.name}: {config.parameters:,} parameters, {definition.options.mode} weights"
+        + (f", ternary_matmul {kernel}" if kernel else ""),
+        f"training {parameter_count(trained_shapes(job)):,} parameters of the {job.kind}",
+        f"data {data.summary}",
+    ]
+    if data.evaluation_summary is not None:
+        lines.append(f"evaluation {data.evaluation_summary}")
+    lines.append(f"{total:,} optimizer steps")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def trained_shapes(job: Job) -> object:
+    """The abstract tree of what is trained."""
+    return job.definition.adapter if job.trains == "adapter" else job.definition.base
+
+
+def implementation(definition: DecoderDefinition) -> str | None:
+    """The ``ternary_matmul`` that the model runs; None where no weight is packed."""
+    options = definition.options
+    return select_implementation(options.implementation) if options.mode == "packed" else None
+
+
+def _summarise(session: Session) -> Summary:
+    job, output = session.job, session.output
+    best = output / f"{job.kind}_best"
+    has_best = job.keep_best and session.totals.best_step is not None
+    return Summary(
+        output=str(output),
+        trained=str(output / job.kind),
+        best=str(best) if has_best else None,
+        model=job.definition.config.name,
+        parameters=job.definition.config.parameters,
+        trained_parameters=parameter_count(session.state.params),
+        epochs=session.epoch,
+        compile_seconds=session.compile_seconds,
+        compiled_temporary_bytes=session.temporary_bytes,
+        implementation=implementation(job.definition),
+        **measured(session.totals),
+        **machine(),
+    )

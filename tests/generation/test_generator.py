@@ -1,0 +1,253 @@
+"""The decode loop against full re-runs of the model, one prompt at a time."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fabric_jax.errors import FabricError
+from fabric_jax.generation.config import GenerationConfig
+from fabric_jax.generation.generator import Generator, bucket, make_generator
+from fabric_jax.generation.sampling import sampling_of
+from fabric_jax.layers.lora import LoraConfig
+from fabric_jax.models.config import ModelConfig
+from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
+from fabric_jax.models.initialize import initialize_adapter, initialize_base
+
+SMALL = ModelConfig(
+    name="small",
+    vocab_size=97,
+    num_layers=2,
+    hidden_size=32,
+    ffn_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_length=64,
+    tied_head=False,
+)
+PROMPTS = [[5, 17, 3], [96, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [42], [7, 7, 7, 7, 7, 7]]
+NEW = 12
+
+
+class Model:
+    """A definition with random weights that make varied text."""
+
+    def __init__(self, mode: str, dtype: str = "float32", rank: int = 0):
+        options = DecoderOptions(mode=mode, dtype=dtype, lora=LoraConfig(rank=rank))
+        self.definition: DecoderDefinition = define_decoder(SMALL, options)
+        self.base = initialize_base(self.definition, 3)
+        self.base["embedding"] *= jnp.asarray(50, dtype)
+        adapter = initialize_adapter(self.definition, 3)
+        noise = np.random.default_rng(0)
+        self.adapter = jax.tree.map(
+            lambda x: jnp.asarray(noise.normal(0, 0.3, x.shape), x.dtype), adapter
+        )
+        self.generator: Generator = make_generator(self.definition)
+        self.next_token = jax.jit(self._next_token)
+
+    def __call__(self, prompts, **numbers):
+        # One capacity for all tests, so that they share what was compiled.
+        settings = GenerationConfig(**{"max_new_tokens": NEW, "cache_length": 32, **numbers})
+        return self.generator(self.base, self.adapter, prompts, settings)
+
+    def _next_token(self, tokens, length):
+        decoder = self.definition.bind(self.base, self.adapter)
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        hidden = decoder(tokens, positions, jnp.ones_like(tokens))
+        return jnp.argmax(decoder.logits(hidden)[0, length - 1])
+
+
+@cache
+def shared_model(mode: str, rank: int) -> Model:
+    return Model(mode, rank=rank)
+
+
+@pytest.fixture(params=["packed", "float", "packed-lora"])
+def model(request) -> Model:
+    mode, _, lora = request.param.partition("-")
+    return shared_model(mode, 4 if lora else 0)
+
+
+@pytest.fixture
+def packed() -> Model:
+    return shared_model("packed", 0)
+
+
+def greedy_by_rerunning(model: Model, prompt: list[int], new: int) -> list[int]:
+    """The whole sequence through the model again for each token, no cache."""
+    sequence = list(prompt)
+    for _ in range(new):
+        row = np.zeros((1, SMALL.max_length), np.int32)
+        row[0, : len(sequence)] = sequence
+        sequence.append(int(model.next_token(jnp.asarray(row), len(sequence))))
+    return sequence[len(prompt) :]
+
+
+def test_greedy_equals_rerunning_the_sequence(model):
+    for prompt, result in zip(PROMPTS, model(PROMPTS), strict=True):
+        assert list(result.tokens) == greedy_by_rerunning(model, prompt, NEW)
+        assert result.finish == "length"
+
+
+def test_random_models_write_varied_text(model):
+    results = [result.tokens for result in model(PROMPTS)]
+    assert len(set(results)) == len(results)
+    assert max(len(set(tokens)) for tokens in results) > 3
+
+
+@pytest.mark.parametrize(
+    ("temperature", "batch_size"), [(0.0, 1), (1.0, 3)], ids=["greedy-1", "sampled-3"]
+)
+def test_results_do_not_depend_on_the_batch(packed, temperature, batch_size):
+    together = packed(PROMPTS, temperature=temperature, seed=5)
+    assert together == packed(PROMPTS, temperature=temperature, seed=5, batch_size=batch_size)
+
+
+def test_sampling_depends_on_seed_and_row_alone(packed):
+    same = [PROMPTS[0]] * len(PROMPTS)
+    first = packed(same, temperature=1.0, seed=1)
+    assert first == packed(same, temperature=1.0, seed=1)
+    assert first != packed(same, temperature=1.0, seed=2)
+    assert len({result.tokens for result in first}) == len(same)
+
+
+def test_more_tokens_continue_fewer(packed):
+    short = packed(PROMPTS, temperature=1.0, max_new_tokens=3)
+    long = packed(PROMPTS, temperature=1.0, max_new_tokens=9)
+    for a, b in zip(short, long, strict=True):
+        assert b.tokens[:3] == a.tokens
+
+
+def test_stop_tokens_end_a_row_and_only_it(packed):
+    free = packed(PROMPTS)
+    stop = free[0].tokens[4]
+    at = free[0].tokens.index(stop)
+    results = packed(PROMPTS, stop_tokens=(stop, SMALL.vocab_size - 1))
+    assert results[0].tokens == free[0].tokens[: at + 1]
+    assert results[0].finish == "stop"
+    assert results[0].answer == free[0].tokens[:at]
+    for with_stop, without in zip(results, free, strict=True):
+        ends = [i for i, t in enumerate(without.tokens) if t in (stop, SMALL.vocab_size - 1)]
+        expected = without.tokens[: ends[0] + 1] if ends else without.tokens
+        assert with_stop.tokens == expected
+        assert with_stop.finish == ("stop" if ends else "length")
+
+
+def test_loop_ends_when_every_row_is_done(packed):
+    first = packed(PROMPTS[:1])[0].tokens[0]
+    state, step = start(packed, PROMPTS[:1]), step_of(packed)
+    state = step(state, limit=10, stops=[first])
+    assert int(state.step) == 1
+    assert bool(state.done[0])
+
+
+def test_decode_can_be_continued(packed):
+    step = step_of(packed)
+    at_once = step(start(packed, PROMPTS), limit=NEW)
+    in_parts = step(start(packed, PROMPTS), limit=5)
+    in_parts = step(in_parts, limit=NEW)
+    np.testing.assert_array_equal(at_once.generated, in_parts.generated)
+    np.testing.assert_array_equal(at_once.cache.keys, in_parts.cache.keys)
+    assert [list(result.tokens) for result in packed(PROMPTS)] == np.asarray(in_parts.generated)[
+        :, :NEW
+    ].tolist()
+
+
+def start(model: Model, prompts):
+    tokens = np.zeros((len(prompts), 16), np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = prompt
+    lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+    return model.generator.prefill(model.base, model.adapter, jnp.asarray(tokens), lengths, 32)
+
+
+def decode_arguments(rows: int, limit: int, stops=()):
+    method, sampling = sampling_of(GenerationConfig())
+    keys = jax.random.split(jax.random.key(0), rows)
+    return keys, sampling, jnp.asarray([*stops, -1], jnp.int32), jnp.int32(limit), method
+
+
+def step_of(model: Model):
+    def step(state, limit, stops=()):
+        rest = decode_arguments(state.last.shape[0], limit, stops)
+        return model.generator.decode(model.base, model.adapter, state, *rest)
+
+    return step
+
+
+def test_one_compilation_for_a_bucket():
+    model = Model("packed")
+    for prompts, numbers in [
+        ([[4] * 9], {"max_new_tokens": 5}),
+        ([[1]], {"stop_tokens": (3, 4), "max_new_tokens": 16, "seed": 9}),
+        ([[6] * 16], {"max_new_tokens": 1, "stop_tokens": (1,)}),
+    ]:
+        model(prompts, **numbers)
+    prefill, decode = model.generator.prefill, model.generator.decode
+    assert prefill._cache_size() == decode._cache_size() == 1
+    model([[1, 2]], temperature=0.5)
+    model([[1, 2]], temperature=0.9, seed=3)
+    assert prefill._cache_size() == 1
+    assert decode._cache_size() == 2
+
+
+def test_decode_updates_the_cache_in_place(packed):
+    state = start(packed, PROMPTS)
+    keys, sampling, stops, limit, method = decode_arguments(len(PROMPTS), NEW)
+    compiled = packed.generator.decode.lower(
+        packed.base, packed.adapter, state, keys, sampling, stops, limit, method
+    ).compile()
+    cache_bytes = state.cache.keys.nbytes + state.cache.values.nbytes
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    old = state.cache.keys
+    packed.generator.decode(
+        packed.base, packed.adapter, state, keys, sampling, stops, limit, method
+    )
+    assert old.is_deleted()
+
+
+def test_bfloat16_cache_has_the_models_dtype():
+    model = Model("packed", dtype="bfloat16")
+    assert start(model, PROMPTS).cache.keys.dtype == jnp.bfloat16
+    assert all(len(result.tokens) == NEW for result in model(PROMPTS))
+
+
+def test_a_prompt_may_fill_the_model(packed):
+    prompt = [3] * (SMALL.max_length - 2)
+    result = packed([prompt], max_new_tokens=2, cache_length=0)[0]
+    assert list(result.tokens) == greedy_by_rerunning(packed, prompt, 2)
+
+
+def test_no_prompts_give_no_results(packed):
+    assert packed([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "numbers", "message"),
+    [
+        ([[1], [2] * 60], {}, r"prompt 1 has 60 tokens.*64 positions.*small allows.*to 4 or less"),
+        ([[2] * 80], {"max_new_tokens": 4}, r"80 tokens.*64 positions.*Shorten.*to 60"),
+        ([[2] * 80], {"max_new_tokens": 99}, r"Shorten the prompt below 64 .*lower max_new_tokens"),
+        ([[2] * 9], {"cache_length": 16}, r"16 positions that the cache holds.*to 7 or less"),
+        ([[2]], {"cache_length": 65}, "cache of 65 positions.*at most 64"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1, 97]], {}, "outside the model's vocabulary.*0 to 96.*found 97"),
+        ([[-1, 4]], {}, "found -1"),
+    ],
+    ids=["long", "too-long", "both", "cache", "cache-size", "empty", "id", "negative-id"],
+)
+def test_prompts_that_do_not_fit_are_refused(packed, prompts, numbers, message):
+    with pytest.raises(FabricError, match=message):
+        packed(prompts, **{"cache_length": 0, **numbers})
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "expected"),
+    [(1, 64, 16), (16, 64, 16), (17, 64, 32), (33, 48, 48), (3, 8, 8)],
+)
+def test_bucket(length, limit, expected):
+    assert bucket(length, limit) == expected
