@@ -2,7 +2,7 @@
 
 ``adapter_config.json`` and ``adapter_model.safetensors``; layer i's A [R, K] and B [N, R] are named
 ``base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight`` and so on, after the modules of
-transformers' decoders. Here layers are stacked.
+transformers' decoders. Here layers are stacked, and B is kept as [R, N].
 """
 
 import re
@@ -96,7 +96,8 @@ def save_adapter(
         )
     leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(adapter).items()}
     tensors = {
-        peft_name: leaves[name][layer] for name, layer, peft_name in _tensor_names(definition)
+        peft_name: _turn(name, leaves[name][layer])
+        for name, layer, peft_name in _tensor_names(definition)
     }
     with new_folder(folder, replaces=FILES) as staged:
         write_tensors(staged / WEIGHTS, tensors)
@@ -168,7 +169,7 @@ def load_adapter(folder: str | Path, definition: DecoderDefinition) -> Tree:
     declared = _adapter_layouts(definition)
     names = list(_tensor_names(definition))
     with open_tensors(folder / WEIGHTS) as file:
-        expected = {peft: _layer_layout(declared[name]) for name, _, peft in names}
+        expected = {peft: _file_layout(name, declared[name]) for name, _, peft in names}
         found = {peft: _as_float32(layout) for peft, layout in file.layouts.items()}
         if wrong := layout_differences(expected, found):
             base = _read_config(folder).get("base_model_name_or_path") or "an unnamed model"
@@ -179,7 +180,7 @@ def load_adapter(folder: str | Path, definition: DecoderDefinition) -> Tree:
             )
         stacks: dict[str, list[HostArray]] = {name: [] for name in declared}
         for name, _, peft in names:
-            stacks[name].append(file.read(peft))
+            stacks[name].append(_turn(name, file.read(peft)))
         leaves = [
             (tuple(name.split(".")), _stack(parts, declared[name].dtype))
             for name, parts in stacks.items()
@@ -209,9 +210,15 @@ def _adapter_layouts(definition: DecoderDefinition) -> dict[str, Layout]:
     return layouts(nnx.to_pure_dict(definition.adapter))
 
 
-def _layer_layout(stack: Layout) -> Layout:
-    """Of one layer of a stack; files may hold any float, which is read as float32."""
-    return Layout(shape=stack.shape[1:], dtype="float32")
+def _file_layout(name: str, stack: Layout) -> Layout:
+    """Of one layer of a stack, as PEFT turns it; files may hold any float, read as float32."""
+    shape = stack.shape[:0:-1] if name.endswith(".b") else stack.shape[1:]
+    return Layout(shape=shape, dtype="float32")
+
+
+def _turn(name: str, matrix: HostArray) -> HostArray:
+    """From a matrix here to PEFT's, and back: B is transposed."""
+    return matrix.T if name.endswith(".b") else matrix
 
 
 def _as_float32(layout: Layout) -> Layout:

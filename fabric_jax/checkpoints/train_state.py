@@ -7,6 +7,7 @@ whatever its kind, and the identity of the run, so that a checkpoint of another 
 """
 
 import math
+import os
 import re
 import shutil
 import time
@@ -160,23 +161,8 @@ class TrainCheckpoints:
         """
         self.wait()
         likes = {"params": like_params, "moments": like_moments}
-        damaged: dict[int, str] = {}
-        for step in reversed(self._manager.all_steps()):
-            try:
-                restored = self._read(step, likes)
-            except Damaged as error:
-                damaged[step] = str(error)
-                continue
-            for bad, reason in damaged.items():
-                self._set_aside(bad, reason, step)
-            return restored
-        if damaged:
-            raise FabricError(
-                f"every checkpoint in {self.folder} is damaged: "
-                + summarize(f"step {step}: {reason}" for step, reason in damaged.items()),
-                fix="Start again in another output folder, or restore the folder from a copy",
-            )
-        return None
+        # Orbax runs event loops, which a thread that has one (a notebook's) does not allow.
+        return self._worker.submit(self._newest, likes).result()
 
     def latest_step(self) -> int | None:
         """The newest step saved, verified or not; None if there is no checkpoint."""
@@ -186,13 +172,18 @@ class TrainCheckpoints:
     def best_step(self) -> int | None:
         """The step with the lowest metric among those kept; None if none has one."""
         self.wait()
-        return self._best(self._manager.all_steps())
+        return self._worker.submit(lambda: self._best(self._manager.all_steps())).result()
 
     def wait(self) -> None:
         """Returns when nothing is being saved; raises what the last save ran into."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
+        pending = self._pending
+        if pending is None:
+            return
+        try:
             pending.result()
+        finally:
+            if pending.done():  # Not so where Ctrl-C ended the waiting.
+                self._pending = None
 
     def close(self) -> None:
         """Waits, then releases the background thread; the object can't be used afterwards."""
@@ -222,6 +213,26 @@ class TrainCheckpoints:
         except OSError as error:
             raise _cannot_save(self.folder, error) from error
 
+    def _newest(self, likes: Mapping[str, Any]) -> Restored | None:
+        """The newest undamaged checkpoint; runs in the background thread, as does what follows."""
+        damaged: dict[int, str] = {}
+        for step in reversed(self._manager.all_steps()):
+            try:
+                restored = self._read(step, likes)
+            except Damaged as error:
+                damaged[step] = str(error)
+                continue
+            for bad, reason in damaged.items():
+                self._set_aside(bad, reason, step)
+            return restored
+        if damaged:
+            raise FabricError(
+                f"every checkpoint in {self.folder} is damaged: "
+                + summarize(f"step {step}: {reason}" for step, reason in damaged.items()),
+                fix="Start again in another output folder, or restore the folder from a copy",
+            )
+        return None
+
     def _write(
         self,
         step: int,
@@ -230,7 +241,7 @@ class TrainCheckpoints:
         meta: Json,
         metric: float | None,
     ) -> None:
-        """Runs in the background thread: writes one checkpoint, removes those no longer kept."""
+        """Writes one checkpoint and removes those no longer kept."""
         ocp = import_orbax()
         manifest = Manifest(
             step=step,
@@ -406,7 +417,7 @@ def _gist(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip()
-    if match := re.search(r"\[OS error \d+: \w+ ([^\]]+)\]", text):
-        return match[1]
+    if match := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(match[1]))
     line = text.splitlines()[0] if text else type(error).__name__
     return line if len(line) <= 200 else line[:200] + "…"

@@ -22,7 +22,7 @@ COMMANDS = {
 
 ERROR_CODE = 2
 INTERRUPTED_CODE = 130
-BROKEN_PIPE_CODE = 141
+BROKEN_PIPE_CODE = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:
         return _exit_code(stop)
     except FabricError as error:
@@ -44,10 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ERROR_CODE
     except KeyboardInterrupt as stop:
         # A training loop that saved first says how to resume, and knows which signal it was.
-        print(f"fabric-jax: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"fabric-jax: {str(stop) or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "exit_code", INTERRUPTED_CODE)
     except BrokenPipeError:
-        # The reader left (`fabric-jax models | head`); the interpreter's last flush must not fail.
+        # The reader left (`fabric-jax models | head`); the interpreter's last flush must not
+        # fail. The code is that of rich, which sees to it where a table was being printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE_CODE
 

@@ -11,7 +11,7 @@ from fabric_jax.data.tokenizer import Tokenizer
 from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.evaluation.classification import Classification, classify, first_word
 from fabric_jax.evaluation.likelihood import make_scorer
-from fabric_jax.evaluation.questions import Question, class_names, make_questions
+from fabric_jax.evaluation.questions import TokenizedQuestion, class_names, make_questions
 from fabric_jax.generation.config import GenerationConfig
 from fabric_jax.generation.generator import make_generator
 from fabric_jax.generation.prompts import decode_continuation
@@ -79,7 +79,7 @@ def make_accuracy_task(
 def _by_generation(
     definition: DecoderDefinition,
     tokenizer: Tokenizer,
-    questions: Sequence[Question],
+    questions: Sequence[TokenizedQuestion],
     words: dict[str, str],
     batch_size: int,
 ) -> AccuracyTask:
@@ -107,7 +107,7 @@ def _by_generation(
 
 def _by_likelihood(
     definition: DecoderDefinition,
-    questions: Sequence[Question],
+    questions: Sequence[TokenizedQuestion],
     labels: tuple[str, ...],
     by: AnswerBy,
     batch_size: int,
@@ -127,7 +127,7 @@ def _by_likelihood(
 
 
 def _result(
-    questions: Sequence[Question],
+    questions: Sequence[TokenizedQuestion],
     by: AnswerBy,
     predictions: tuple[str | None, ...],
     answers: tuple[str, ...] = (),

@@ -9,7 +9,7 @@ from fabric_jax.errors import FabricError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class TokenizedQuestion:
     """One row to be answered.
 
     Attributes:
@@ -43,7 +43,7 @@ def class_names(rows: Sequence[LabelledRow]) -> tuple[str, ...]:
 
 def make_questions(
     rows: Sequence[LabelledRow], labels: Sequence[str], tokenizer: Tokenizer, max_length: int
-) -> list[Question]:
+) -> list[TokenizedQuestion]:
     """Tokenises the rows with each class as the answer.
 
     Prompt and answer are tokenised together, as they are in training, and split where all the
@@ -53,7 +53,7 @@ def make_questions(
     Raises:
         FabricError: a row with its longest answer exceeds ``max_length`` tokens, or has no prompt.
     """
-    questions: list[Question] = []
+    questions: list[TokenizedQuestion] = []
     for i, row in enumerate(rows):
         plain = tokenizer.encode(row.prompt)
         special = list(row.prompt_ids[: len(row.prompt_ids) - len(plain)])
@@ -74,7 +74,7 @@ def make_questions(
                 fix="Shorten or drop the row",
             )
         questions.append(
-            Question(
+            TokenizedQuestion(
                 context=tuple(wholes[0][:agreed]),
                 continuations=tuple(tuple(whole[agreed:]) for whole in wholes),
                 gold=row.label,

@@ -13,7 +13,7 @@ from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions
 from fabric_jax.models.initialize import Tree
 
-SCALE_BYTES = 4
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class MemoryByCategory:
         norms: gains.
         adapters: LoRA matrices.
         optimizer: its moments, and a few bytes of step counters.
-        gradients: of the trained tree. A compiled step keeps them among its temporaries, so they
-            are only predicted.
+        gradients: of the trained tree, float32. A compiled step keeps them among its temporaries,
+            so they are only predicted.
         temporaries: scratch of the compiled step, gradients and activations included; None unless
             a compiled step was given.
     """
@@ -120,38 +120,32 @@ def memory_by_category(
 def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCategory:
     """The categories of a training job from dimensions alone; no array is made.
 
-    What is trained is the adapter where there is one, else a base that isn't packed. The optimizer
-    keeps two float32 moments of it (AdamW), and two step counters that are not counted here.
+    What is trained is the adapter where there is one, else a base that isn't packed. The gradient
+    is float32, and so are AdamW's two moments; its step counters are not counted here.
     """
     item = jnp.dtype(options.dtype).itemsize
     shapes = config.linear_shapes.values()
     match options.mode:
         case "packed":
             weights = sum(n * packed_width(k) for n, k in shapes)
-            scales = SCALE_BYTES * len(shapes)
+            scales = FLOAT32_BYTES * len(shapes)
         case "master":
-            weights, scales = sum(4 * n * k for n, k in shapes), 0
+            weights, scales = sum(FLOAT32_BYTES * n * k for n, k in shapes), 0
         case "float":
             weights, scales = sum(item * n * k for n, k in shapes), 0
     weights, scales = config.num_layers * weights, config.num_layers * scales
     embedding = item * config.embedding_parameters
     norms = item * config.norm_parameters
     adapters = adapter_parameters(config, options.lora)
-    adapter_item = jnp.dtype(options.lora.adapter_dtype).itemsize
-    if adapters:
-        moments, gradients = 8 * adapters, adapter_item * adapters
-    elif options.mode == "packed":
-        moments = gradients = 0
-    else:
-        moments, gradients = 8 * config.parameters, weights + embedding + norms
+    trained = adapters or (0 if options.mode == "packed" else config.parameters)
     return MemoryByCategory(
         weights=weights,
         scales=scales,
         embedding_and_head=embedding,
         norms=norms,
-        adapters=adapter_item * adapters,
-        optimizer=moments,
-        gradients=gradients,
+        adapters=adapters * jnp.dtype(options.lora.adapter_dtype).itemsize,
+        optimizer=2 * FLOAT32_BYTES * trained,
+        gradients=FLOAT32_BYTES * trained,
         temporaries=None,
     )
 

@@ -1,5 +1,6 @@
 """AdamW with warm-up and decay, in optax."""
 
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import jax
@@ -27,10 +28,15 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
             after = optax.linear_schedule(peak, last, decay_steps)
         case "cosine":
             after = optax.cosine_decay_schedule(peak, decay_steps, alpha=last / peak if peak else 0)
-    if warmup == 0:
-        return after
-    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([rise, after], [warmup])
+    if warmup:
+        rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+        after = optax.join_schedules([rise, after], [warmup])
+
+    def schedule(done: jax.typing.ArrayLike) -> jax.Array:
+        with _optax_promotion():
+            return jnp.asarray(after(cast(jax.Array, done)), jnp.float32)
+
+    return schedule
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
@@ -75,6 +81,12 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return inner.init(to_float32(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return inner.update(to_float32(updates), state, to_float32(params))
+        with _optax_promotion():
+            return inner.update(to_float32(updates), state, to_float32(params))
 
     return optax.GradientTransformation(init, update)
+
+
+def _optax_promotion() -> AbstractContextManager[None]:
+    """JAX's standard promotion, which optax counts on when it mixes step numbers with floats."""
+    return jax.numpy_dtype_promotion("standard")

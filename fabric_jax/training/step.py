@@ -120,7 +120,7 @@ def make_train_step(
             loss=total * share,
             trainable_tokens=tokens,
             real_tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
         )
         return TrainState(params=params, moments=moments, step=state.step + 1), metrics
 

@@ -1,6 +1,7 @@
 """Answers by generation and by likelihood, on models whose answers are known."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from fabric_jax.data.batch import Batch
-from fabric_jax.data.rows import parse_row
-from fabric_jax.data.tokenize_rows import LabelledRow, tokenize_rows
+from fabric_jax.data.config import DataConfig
+from fabric_jax.data.load import load_evaluation
+from fabric_jax.data.tokenize_rows import LabelledRow
 from fabric_jax.data.tokenizer import byte_tokenizer
 from fabric_jax.errors import FabricError
 from fabric_jax.evaluation.accuracy import make_accuracy_task
@@ -35,10 +37,12 @@ RECORDS = [
 ]  # fmt: skip
 
 
-def labelled(records=RECORDS) -> list[LabelledRow]:
-    rows = [parse_row(record, f"row {i}") for i, record in enumerate(records)]
-    found = tokenize_rows(rows, BYTES, "auto").labelled
-    assert None not in found
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> tuple[LabelledRow, ...]:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    found = load_evaluation(DataConfig(data=str(path), shuffle=False), BYTES).labelled
+    assert len(found) == len(RECORDS)
     return found
 
 
@@ -49,23 +53,22 @@ def automaton(follows: dict[str, str]):
     """
     definition = define_decoder(CONFIG, DecoderOptions(mode="float"))
     base = jax.tree.map(jnp.zeros_like, initialize_base(definition, 0))
-    noise = np.random.default_rng(0)
-    embedding = noise.choice([-1.0, 1.0], (259, 64)).astype(np.float32)
-    successor = np.full(259, BYTES.eos_id)
-    for before, after in follows.items():
-        successor[ord(before)] = ord(after)
-    head = np.zeros((259, 64), np.float32)
-    np.add.at(head, successor, embedding)
+    embedding, head = np.zeros((2, 259, 64), np.float32)
+    # Channel 0 is of all bytes without an entry, each other one has its own.
+    embedding[:, 0], head[BYTES.eos_id, 0] = 1, 1
+    for channel, (before, after) in enumerate(follows.items(), 1):
+        embedding[ord(before), [0, channel]] = 0, 1
+        head[ord(after), channel] = 1
     base["embedding"] = jnp.asarray(embedding)
     base["head"] = jnp.asarray(head)
     base["final_norm"]["gain"] = jnp.ones(64, jnp.float32)
     return definition, base
 
 
-def test_generated_answers_are_scored_by_their_first_word():
-    # ":" or "?" leads to " no" and then to the end, whatever the question.
+def test_generated_answers_are_scored_by_their_first_word(rows):
+    # ":" leads to " no" and then to the end, whatever the question.
     definition, base = automaton({":": " ", " ": "n", "n": "o"})
-    task = make_accuracy_task(definition, BYTES, labelled(), batch_size=3)
+    task = make_accuracy_task(definition, BYTES, rows, batch_size=3)
     result = task(base, {})
     assert result.answers == (" no",) * 4
     assert result.predictions == ("No",) * 4
@@ -74,17 +77,17 @@ def test_generated_answers_are_scored_by_their_first_word():
     assert result.scores.support == {"No": 1, "Uncertain": 1, "Yes": 2}
 
 
-def test_answers_outside_the_classes_count_against_the_format():
+def test_answers_outside_the_classes_count_against_the_format(rows):
     definition, base = automaton({":": " ", " ": "n", "n": "i"})
-    result = make_accuracy_task(definition, BYTES, labelled())(base, {})
+    result = make_accuracy_task(definition, BYTES, rows)(base, {})
     assert result.answers == (" ni",) * 4
     assert result.predictions == (None,) * 4
     assert result.scores.accuracy == result.scores.format_rate == 0.0
 
 
-def test_an_endless_word_is_cut_and_wrong():
+def test_an_endless_word_is_cut_and_wrong(rows):
     definition, base = automaton({":": " ", " ": "n", "n": "o", "o": "o"})
-    result = make_accuracy_task(definition, BYTES, labelled())(base, {})
+    result = make_accuracy_task(definition, BYTES, rows)(base, {})
     # The longest class with its space has 10 bytes.
     assert result.answers == (" n" + "o" * 16,) * 4
     assert result.scores.format_rate == 0.0
@@ -104,35 +107,45 @@ def random_model():
     return definition, base, adapter
 
 
-def log_probability(definition, base, adapter, context, rest) -> float:
-    """From the model's logits on the whole sequence, float64."""
-    decoder = definition.bind(base, adapter)
-    tokens = jnp.asarray([[*context, *rest]], jnp.int32)
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    logits = decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
-    rows = np.asarray(logits[0], np.float64)[len(context) - 1 : -1]
-    log_p = rows - np.log(np.exp(rows).sum(1, keepdims=True))
-    return sum(log_p[i, token] for i, token in enumerate(rest))
+@pytest.fixture(scope="module")
+def log_probability(random_model):
+    """Of a continuation, from the logits of the whole sequence, summed in float64."""
+    definition, base, adapter = random_model
+
+    @jax.jit
+    def logits(tokens):
+        decoder = definition.bind(base, adapter)
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))[0]
+
+    def score(context, rest) -> float:
+        tokens = np.zeros((1, CONFIG.max_length), np.int32)
+        tokens[0, : len(context) + len(rest)] = [*context, *rest]
+        rows = np.asarray(logits(tokens), np.float64)[len(context) - 1 :]
+        log_p = rows - np.log(np.exp(rows).sum(1, keepdims=True))
+        return sum(log_p[i, token] for i, token in enumerate(rest))
+
+    return score
 
 
-def test_scores_are_log_probabilities(random_model):
+def test_scores_are_log_probabilities(random_model, log_probability):
     pairs = [([1, 2, 3], [4]), ([9] * 20, [5, 6, 7, 8]), ([7], [1, 2]), ([4, 4], [3, 2, 1])]
     scores = make_scorer(random_model[0])(*random_model[1:], pairs, 3)
-    expected = [log_probability(*random_model, *pair) for pair in pairs]
+    expected = [log_probability(*pair) for pair in pairs]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("by", ["likelihood", "likelihood_per_token"])
-def test_the_likeliest_class_is_chosen(random_model, by):
+def test_the_likeliest_class_is_chosen(random_model, log_probability, rows, by):
     definition, base, adapter = random_model
-    rows, names = labelled(), ("No", "Uncertain", "Yes")
+    names = ("No", "Uncertain", "Yes")
     result = make_accuracy_task(definition, BYTES, rows, by=by, batch_size=5)(base, adapter)
     expected = []
     for row in rows:
         scores = []
         for name in names:
             rest = BYTES.encode(row.separator + name)
-            score = log_probability(definition, base, adapter, row.prompt_ids, rest)
+            score = log_probability(row.prompt_ids, rest)
             scores.append(score / len(rest) if by == "likelihood_per_token" else score)
         expected.append(names[int(np.argmax(scores))])
     assert result.predictions == tuple(expected)
@@ -140,8 +153,7 @@ def test_the_likeliest_class_is_chosen(random_model, by):
     assert result.answers == ()
 
 
-def test_questions_are_prompts_and_answers_as_trained():
-    rows = labelled()
+def test_questions_are_prompts_and_answers_as_trained(rows):
     questions = make_questions(rows, ("No", "Yes"), BYTES, 64)
     bos = (BYTES.bos_id,)
     assert questions[0].context == (*bos, *b"Q: one?\nA:")
@@ -221,16 +233,16 @@ def batch() -> Batch:
     )
 
 
-def test_base_and_adapter_side_by_side(random_model):
+def test_base_and_adapter_side_by_side(random_model, rows):
     definition, base, adapter = random_model
     both = compare(
-        definition, base, adapter, tokenizer=BYTES, batches=iter([batch()]), labelled=labelled(),
+        definition, base, adapter, tokenizer=BYTES, batches=iter([batch()]), labelled=rows,
         by="likelihood",
     )  # fmt: skip
     plain = dataclasses.replace(definition.options, lora=LoraConfig(rank=0))
     bare = define_decoder(definition.config, plain)
     alone = compare(
-        bare, base, {}, tokenizer=BYTES, batches=iter([batch()]), labelled=labelled(),
+        bare, base, {}, tokenizer=BYTES, batches=iter([batch()]), labelled=rows,
         by="likelihood",
     )  # fmt: skip
     assert alone.adapter is None
@@ -238,7 +250,7 @@ def test_base_and_adapter_side_by_side(random_model):
     assert both.base.perplexity.loss == pytest.approx(alone.base.perplexity.loss, rel=1e-6)
     assert both.base.accuracy.predictions == alone.base.accuracy.predictions
     assert both.adapter.perplexity.loss != both.base.perplexity.loss
-    direct = make_accuracy_task(definition, BYTES, labelled(), by="likelihood")(base, adapter)
+    direct = make_accuracy_task(definition, BYTES, rows, by="likelihood")(base, adapter)
     assert both.adapter.accuracy.predictions == direct.predictions
 
 
@@ -251,12 +263,8 @@ def test_what_there_is_nothing_for_is_left_out(random_model):
 
 
 def test_biomedical_rows_are_asked_as_they_are_written(shared_data):
-    import json
-
     path = shared_data / "biomedqa" / "validation.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = labelled(records)
-    assert {row.label for row in rows} == {"Yes", "No", "Uncertain"} or len(rows) > 0
-    for record, row in zip(records, rows, strict=True):
-        assert row.prompt == f"Q: {record['question']}\nA:"
-        assert row.label == record["label"]
+    rows = load_evaluation(DataConfig(data=str(path)), BYTES).labelled
+    assert [row.label for row in rows] == [record["label"] for record in records]
+    assert [row.prompt for row in rows] == [f"Q: {record['question']}\nA:" for record in records]

@@ -13,11 +13,12 @@ from fabric_jax.evaluation.classification import classify, first_word, wilson_in
 Z_95 = 1.959963984540054  # 97.5th percentile of the normal distribution, from tables
 
 
-def bisect(f, low: float, high: float) -> float:
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if f(low) * f(middle) > 0 else (low, middle)
-    return (low + high) / 2
+def boundary(accepted, inside: float, outside: float) -> float:
+    """Where ``accepted`` changes between a value that is and one that isn't."""
+    for _ in range(100):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if accepted(middle) else (inside, middle)
+    return inside
 
 
 @given(trials=st.integers(1, 2000), data=st.data())
@@ -26,11 +27,10 @@ def test_wilson_interval_by_root_finding(trials, data):
     successes = data.draw(st.integers(0, trials))
     share = successes / trials
 
-    def excess(p: float) -> float:
-        return (share - p) ** 2 - Z_95**2 * p * (1 - p) / trials
+    def accepted(p: float) -> bool:
+        return (share - p) ** 2 <= Z_95**2 * p * (1 - p) / trials
 
-    low = 0.0 if successes == 0 else bisect(excess, 0.0, share)
-    high = 1.0 if successes == trials else bisect(excess, share, 1.0)
+    low, high = boundary(accepted, share, 0.0), boundary(accepted, share, 1.0)
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-9)
 
 

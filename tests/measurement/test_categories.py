@@ -78,7 +78,7 @@ def test_prediction_equals_the_arrays(config: ModelConfig, mode: Any, dtype: str
     assert 0 <= measured.optimizer - predicted.optimizer <= STEP_COUNTERS
     assert measured.base == numpy_bytes(base)
     assert measured.adapters == numpy_bytes(adapter)
-    assert predicted.gradients == numpy_bytes(trained)
+    assert predicted.gradients == 4 * sum(leaf.size for leaf in jax.tree.leaves(trained))
 
 
 def test_packed_weights_take_two_bits_and_the_pad_of_each_row():
@@ -108,7 +108,7 @@ def test_compiled_step_gives_temporaries_and_counts_donated_buffers_once():
         segment_ids=ones,
         positions=ones,
     )
-    step = jax.jit(make_train_step(definition, optimizer), donate_argnums=(0,))
+    step = make_train_step(definition, optimizer)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules need it
         compiled = step.lower(state, base, batch, jax.random.key(0)).compile()
     report = memory_by_category(definition, base, adapter, state.moments, compiled)

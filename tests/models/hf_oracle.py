@@ -1,7 +1,6 @@
 """The tiny problems in transformers and PEFT; needs torch."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +69,12 @@ def load_model(problem: Problem, folder: Path) -> Any:
     assert not report["missing_keys"], report
     assert not report["unexpected_keys"], report
     assert not report["mismatched_keys"], report
+    rotary = model.model.rotary_emb
+    exponents = np.arange(0, problem.config.head_dim, 2) / problem.config.head_dim
+    exact = torch.from_numpy((problem.config.rope_theta**-exponents).astype(np.float32))
+    # torch's float32 powers are off by an ulp or two; rotary positions have a test of their own.
+    torch.testing.assert_close(rotary.inv_freq, exact, rtol=1e-6, atol=0)
+    rotary.inv_freq = exact
     return model.to(torch.float32).eval()
 
 
@@ -95,23 +100,31 @@ def _peft_parameter(name: str) -> str:
     return "base_model.model." + name.replace(".weight", ".default.weight")
 
 
-def run(model: Any, tokens: np.ndarray, *, backward: bool) -> dict[str, np.ndarray]:
-    """Logits, mean loss, and where asked the gradient of everything trainable."""
+def run(model: Any, tokens: np.ndarray, keep: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Logits, and with ``keep`` the mean loss of the targets after those tokens and its gradients.
+
+    Gradients are ``grad:<name>`` for every parameter that trains.
+    """
     import torch
 
     ids = torch.from_numpy(tokens).long()
-    out = model(ids, labels=ids)
+    if keep is None:
+        with torch.no_grad():
+            return {"logits": model(ids).logits.numpy()}
+    labels = torch.full_like(ids, -100)
+    labels[:, 1:] = torch.where(torch.from_numpy(keep[:, :-1].copy()), ids[:, 1:], -100)
+    out = model(ids, labels=labels)
+    model.zero_grad()
+    out.loss.backward()
     result = {"logits": out.logits.detach().numpy(), "loss": out.loss.detach().numpy()}
-    if backward:
-        out.loss.backward()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                plain = name.removeprefix("base_model.model.").replace(".default.", ".")
-                result[f"grad:{plain}"] = parameter.grad.numpy()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            plain = name.removeprefix("base_model.model.").replace(".default.", ".")
+            result[f"grad:{plain}"] = parameter.grad.numpy()
     return result
 
 
-def linear_inputs(model: Any, tokens: np.ndarray) -> Mapping[str, np.ndarray]:
+def recorded_inputs(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """What enters each linear and each layer (``model.layers.<i>``), by module name."""
     import torch
 
@@ -124,14 +137,24 @@ def linear_inputs(model: Any, tokens: np.ndarray) -> Mapping[str, np.ndarray]:
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(keep(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if name.startswith("model.layers.")
-        and (name.count(".") == 2 or name.split(".", 3)[-1] in LINEARS.values())
-    ]
+    handles = []
+    for name, module in model.named_modules():
+        plain = name.removeprefix("base_model.model.")
+        inside = plain.removeprefix("model.layers.").partition(".")[2]
+        if plain.startswith("model.layers.") and (not inside or inside in LINEARS.values()):
+            hook = keep(plain)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     with torch.no_grad():
         model(torch.from_numpy(tokens).long())
     for handle in handles:
         handle.remove()
     return inputs
+
+
+def codes(values: np.ndarray) -> np.ndarray:
+    """The released activation quantiser, int8 codes."""
+    import torch
+    from transformers.integrations.bitnet import BitLinear
+
+    module = BitLinear(4, 4, False, dtype=torch.float32)
+    return module.activation_quant(torch.from_numpy(values))[0].numpy()

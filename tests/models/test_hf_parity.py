@@ -1,19 +1,15 @@
-"""Whole models against transformers, live, in float32."""
+"""Whole models against transformers and PEFT, live, in float32."""
 
-from collections.abc from collections.abc import Callable
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from fabric_jax.layers.attention import attend
-from fabric_jax.layers.feed_forward import ACTIVATIONS
-from fabric_jax.layers.rope import rotary_angles
-from fabric_jax.models.decoder import Block
 from fabric_jax.quantization.absmax import absmax_quantize
 from fabric_jax.quantization.absmean import absmean_quantize
 from tests.models import hf_oracle, running
@@ -25,38 +21,41 @@ Oracle = Callable[..., list[ModuleType]]
 
 TERNARY = [name for name in PROBLEMS if name != "llama-float"]
 TRAINABLE = ["bitnet-relu2-online", "bitnet-silu-online", "llama-float"]
+PEFT = [name for name in PROBLEMS if name.startswith("bitnet")]
 
 
 @pytest.fixture(autouse=True)
 def _oracles(oracle: Oracle) -> None:
-    oracle("torch", "transformers", "accelerate")
+    oracle("torch", "transformers", "accelerate", "peft")
 
 
-def logits_bound(name: str) -> float:
-    """Activations of the plain model are larger: even numpy and torch differ by 5e-4 there."""
-    return 5e-4 if name == "llama-float" else 2e-5
+def comparable(problem: Problem, model: Any, *, adapted: bool = False) -> np.ndarray:
+    """Tokens on whose codes, and on those of all tokens before, both sides agree."""
+    if problem.storage == "float":
+        return np.ones(problem.tokens.shape, bool)
+    inputs = hf_oracle.recorded_inputs(model, problem.tokens)
+    theirs = {name: hf_oracle.codes(x) for name, x in inputs.items() if name.endswith("_proj")}
+    keep = running.untouched_tokens(running.activation_codes(problem, adapted=adapted), theirs)
+    assert keep.mean() > 0.4
+    return keep
 
 
-def assert_gradients(
-    found: dict[str, np.ndarray], expected: dict[str, np.ndarray], bound: float
-) -> None:
-    """Every tensor's largest difference, relative to its largest gradient."""
-    gradients = {k.removeprefix("grad:"): v for k, v in expected.items() if k.startswith("grad:")}
-    assert gradients.keys() == found.keys()
-    errors = {k: running.relative_error(found[k], gradients[k]) for k in found}
-    worst = max(errors, key=lambda k: errors[k])
-    assert errors[worst] < bound, (worst, errors[worst])
+def gradients_of(result: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k.removeprefix("grad:"): v for k, v in result.items() if k.startswith("grad:")}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_logits_op_by_op(name: str, tmp_path: Path) -> None:
     problem = make_problem(name, LIVE)
     model = hf_oracle.load_model(problem, tmp_path)
-    expected = hf_oracle.run(model, problem.tokens, backward=False)["logits"]
+    keep = comparable(problem, model)
+    expected = hf_oracle.run(model, problem.tokens)["logits"]
     with jax.disable_jit():
-        found = running.logits(problem)
+        found = np.asarray(running.logits(problem))
     assert expected.std() > 3
-    np.testing.assert_allclose(found, expected, rtol=0, atol=logits_bound(name))
+    # Without quantisers activations are larger: even numpy and torch differ by 5e-4 there.
+    bound = 5e-4 if name == "llama-float" else 2e-5
+    np.testing.assert_allclose(found[keep], expected[keep], rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -64,53 +63,58 @@ def test_logits_under_one_jit(name: str, tmp_path: Path) -> None:
     """Fusion moves a code in thousands across a rounding boundary; the distribution stays."""
     problem = make_problem(name, LIVE)
     model = hf_oracle.load_model(problem, tmp_path)
-    expected = hf_oracle.run(model, problem.tokens, backward=False)["logits"]
-    found = np.asarray(jax.jit(lambda: running.logits(problem))(), np.float64)
+    expected = hf_oracle.run(model, problem.tokens)["logits"]
+    found = np.asarray(jax.jit(lambda: running.logits(problem))())
     log_p, log_q = (np.asarray(jax.nn.log_softmax(jnp.asarray(z))) for z in (expected, found))
     divergence = np.sum(np.exp(log_p) * (log_p - log_q), -1)
-    assert divergence.mean() < 1e-3
-    assert np.mean(found.argmax(-1) == expected.argmax(-1)) > 0.96
+    assert divergence.mean() < 2e-3
+    assert np.mean(found.argmax(-1) == expected.argmax(-1)) >= 0.95
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_gradients_of_all_weights_op_by_op(name: str, tmp_path: Path) -> None:
     problem = make_problem(name, LIVE)
-    expected = hf_oracle.run(hf_oracle.load_model(problem, tmp_path), problem.tokens, backward=True)
+    model = hf_oracle.load_model(problem, tmp_path)
+    keep = comparable(problem, model)
+    expected = hf_oracle.run(model, problem.tokens, keep)
     with jax.disable_jit():
-        loss, grads = running.loss_and_gradients(problem)
-    assert float(loss) == pytest.approx(float(expected["loss"]), rel=1e-6)
+        loss, grads = running.loss_and_gradients(problem, keep)
+    assert float(loss) == pytest.approx(expected["loss"].item(), rel=2e-6)
     bound = 1e-4 if name == "llama-float" else 1e-5
-    assert_gradients(to_hf_names(grads, problem.config), expected, bound)
+    running.assert_gradients(to_hf_names(grads, problem.config), gradients_of(expected), bound)
 
 
-@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("remat", ["none", "linears", "layer"])
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_gradients_of_all_weights_under_one_jit(name: str, remat: str, tmp_path: Path) -> None:
     problem = make_problem(name, LIVE)
-    expected = hf_oracle.run(hf_oracle.load_model(problem, tmp_path), problem.tokens, backward=True)
-    loss, grads = jax.jit(lambda: running.loss_and_gradients(problem, remat=remat))()
-    assert float(loss) == pytest.approx(float(expected["loss"]), rel=1e-3)
-    assert_gradients(to_hf_names(grads, problem.config), expected, 2e-2)
+    keep = np.ones(problem.tokens.shape, bool)
+    expected = hf_oracle.run(hf_oracle.load_model(problem, tmp_path), problem.tokens, keep)
+    loss, grads = jax.jit(lambda: running.loss_and_gradients(problem, keep, remat=remat))()
+    assert float(loss) == pytest.approx(expected["loss"].item(), rel=1e-3)
+    running.assert_gradients(to_hf_names(grads, problem.config), gradients_of(expected), 1e-2)
 
 
 @pytest.mark.parametrize("name", TERNARY)
 def test_codes_equal_layer_by_layer(name: str, tmp_path: Path) -> None:
     """Teacher-forced: each linear and each layer is fed what the oracle's was fed."""
     problem = make_problem(name, LIVE)
-    model = hf_oracle.load_model(problem, tmp_path)
-    inputs = hf_oracle.linear_inputs(model, problem.tokens)
-    quantizer = activation_codes()
+    recorded = hf_oracle.recorded_inputs(hf_oracle.load_model(problem, tmp_path), problem.tokens)
     total = different = 0
     for i in range(problem.config.num_layers):
-        ours = our_linear_inputs(problem, i, inputs[f"model.layers.{i}"])
+        entered = jnp.asarray(recorded[f"model.layers.{i}"])
+        ours, left = running.layer_inputs(problem, i, entered)
         for module in LINEARS.values():
-            x = inputs[f"model.layers.{i}.{module}"]
-            codes = quantizer(x)
+            x = recorded[f"model.layers.{i}.{module}"]
+            codes = hf_oracle.codes(x)
             np.testing.assert_array_equal(absmax_quantize(jnp.asarray(x))[0], codes)
-            difference = np.abs(np.asarray(absmax_quantize(ours[module])[0], int) - codes)
-            assert difference.max() <= 1
-            np.testing.assert_allclose(ours[module], x, rtol=0, atol=2e-6 * np.abs(x).max())
-            total, different = total + codes.size, different + np.count_nonzero(difference)
+            np.testing.assert_allclose(ours[module], x, rtol=0, atol=5e-6 * np.abs(x).max())
+            gap = np.abs(np.asarray(absmax_quantize(ours[module])[0], int) - codes)
+            assert gap.max() <= 1
+            total, different = total + gap.size, different + np.count_nonzero(gap)
+        after = recorded.get(f"model.layers.{i + 1}")
+        if after is not None and different == 0:
+            np.testing.assert_allclose(left, after, rtol=0, atol=5e-6 * np.abs(after).max())
     assert total > 30_000
     assert different <= total * 1e-4
 
@@ -120,61 +124,29 @@ def test_ternary_codes_of_all_weights_equal(name: str) -> None:
     import torch
     from transformers.integrations.bitnet import WeightQuant
 
-    problem = make_problem(name, LIVE)
-    for tensor, master in problem.state.items():
-        if tensor.removesuffix(".weight").endswith("_proj"):
+    for tensor, master in make_problem(name, LIVE).state.items():
+        if tensor.endswith("_proj.weight"):
             values = WeightQuant.apply(torch.from_numpy(master)).numpy()
             codes, _ = absmean_quantize(jnp.asarray(master))
             np.testing.assert_array_equal(codes, np.sign(values), err_msg=tensor)
 
 
-@pytest.mark.parametrize("name", [n for n in TERNARY if n != "llama-bitlinear"])
-def test_lora_equals_peft(name: str, tmp_path: Path, oracle: Oracle) -> None:
-    """PEFT refuses the packed ``bitlinear``; on both forms of ``autobitlinear`` it is exact."""
-    oracle("peft")
+@pytest.mark.parametrize("name", PEFT)
+def test_lora_equals_peft(name: str, tmp_path: Path) -> None:
+    """On both forms of ``autobitlinear``; the packed ``bitlinear`` is refused by PEFT."""
     problem = make_problem(name, LIVE)
-    model = hf_oracle.wrap_with_peft(hf_oracle.load_model(problem, tmp_path), problem)
-    expected = hf_oracle.run(model, problem.tokens, backward=True)
+    model = hf_oracle.load_model(problem, tmp_path)
+    model = hf_oracle.wrap_with_peft(model, problem)
+    keep = comparable(problem, model, adapted=True)
+    expected = hf_oracle.run(model, problem.tokens, keep)
     with jax.disable_jit():
-        found = running.logits(problem, adapted=True)
-        plain = running.logits(problem)
-        loss, grads = running.loss_and_gradients(problem, adapted=True)
-    np.testing.assert_allclose(found, expected["logits"], rtol=0, atol=3e-5)
-    assert float(jnp.max(jnp.abs(found - plain))) > 1
-    assert float(loss) == pytest.approx(float(expected["loss"]), rel=1e-6)
-    assert_gradients(to_peft_names(grads, problem.config), expected, 1e-5)
-
-
-def activation_codes() -> Callable[[np.ndarray], np.ndarray]:
-    """The released quantiser, as integers."""
-    import torch
-    from transformers.integrations.bitnet import BitLinear
-
-    module = BitLinear(4, 4, False, dtype=torch.float32)
-    return lambda x: module.activation_quant(torch.from_numpy(x))[0].numpy().astype(int)
-
-
-def our_linear_inputs(problem: Problem, layer: int, h: np.ndarray) -> dict[str, jax.Array]:
-    """What enters each linear of one of our layers when ``h`` enters the layer."""
-    decoder = running.define(problem).bind(problem.base(), {})
-    graphdef, state = nnx.split(decoder.layers)
-    block: Block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], state))
-    tokens, positions, _ = running.whole_rows(problem.tokens)
-    angles = rotary_angles(positions, problem.config.head_dim, problem.config.rope_theta)
-    mask = jnp.broadcast_to(
-        jnp.tri(tokens.shape[1], dtype=bool)[None], (*tokens.shape, tokens.shape[1])
-    )
-    stream = jnp.asarray(h)
-    normal = block.attention_norm(stream)
-    attended = attend(*block.project(stream, angles, None), mask)
-    joined = attended.reshape(*tokens.shape, -1)
-    if block.attention.sub_norm is not None:
-        joined = block.attention.sub_norm(joined)
-    middle = block.mlp_norm(stream + block.attention.close(attended, None))
-    mlp = block.mlp
-    product = ACTIVATIONS[mlp.activation](mlp.gate(middle)) * mlp.up(middle)
-    if mlp.sub_norm is not None:
-        product = mlp.sub_norm(product)
-    by_place = {"q": normal, "k": normal, "v": normal, "o": joined, "gate": middle, "up": middle}
-    by_place["down"] = product
-    return {module: by_place[path[-1]] for path, module in LINEARS.items()}
+        found = np.asarray(running.logits(problem, adapted=True))
+        plain = np.asarray(running.logits(problem))
+        loss, grads = running.loss_and_gradients(problem, keep, adapted=True)
+    size = np.abs(expected["logits"]).max()
+    np.testing.assert_allclose(found[keep], expected["logits"][keep], rtol=0, atol=1e-6 * size)
+    assert np.abs(found - plain).max() > 1
+    assert float(loss) == pytest.approx(expected["loss"].item(), rel=2e-6)
+    named, exact = to_peft_names(grads, problem.config), gradients_of(expected)
+    running.assert_gradients(named, exact, 2e-5)
+    assert np.median([running.relative_error(named[name], exact[name]) for name in exact]) < 5e-6

@@ -4,6 +4,7 @@ Random numbers are sums of integers from a bit stream that numpy keeps as it is 
 golden files need to hold results alone.
 """
 
+import zlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -145,3 +146,13 @@ def _adapter(config: ModelConfig, random: np.random.RandomState) -> dict[str, np
             state[f"{prefix}.lora_A.weight"] = _gaussian(random, (RANK, k), 0.2)
             state[f"{prefix}.lora_B.weight"] = _gaussian(random, (n, RANK), 0.2)
     return state
+
+
+def checksum(problem: Problem) -> int:
+    """CRC-32 of weights, scales, adapter and tokens, byte for byte."""
+    crc = 0
+    for name, array in sorted({**problem.state, **problem.adapter}.items()):
+        crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(name.encode(), crc))
+    for name, scale in sorted(problem.scales.items()):
+        crc = zlib.crc32(f"{name}={scale!r}".encode(), crc)
+    return zlib.crc32(problem.tokens.tobytes(), crc)

@@ -1,0 +1,220 @@
+"""The decoder: who sees whom, the cache, the loss, rematerialisation, dropout."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fabric_jax.layers.kv_cache import empty_cache
+from fabric_jax.layers.lora import LoraConfig
+from fabric_jax.models.config import ModelConfig
+from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
+from fabric_jax.models.initialize import initialize_adapter, initialize_base
+from fabric_jax.models.registry import get_config
+
+BITNET = replace(
+    get_config("bitnet-tiny"),
+    num_layers=2,
+    hidden_size=32,
+    ffn_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=61,
+)
+LLAMA = replace(BITNET, sub_norms=False, tied_head=False, activation="relu2")
+B, T = 2, 10
+
+
+def build(config: ModelConfig, **options: Any) -> tuple[DecoderDefinition, dict[str, Any]]:
+    definition = define_decoder(config, DecoderOptions(**options))
+    base = initialize_base(definition, 0)
+    # Embeddings of order 1 and random gains, so that every part shows in the result.
+    base["embedding"] = base["embedding"] * 50
+    return definition, base
+
+
+def sample(seed: int = 0, shape: tuple[int, int] = (B, T)) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 61, shape), jnp.int32)
+
+
+def positions_of(segments: np.ndarray) -> np.ndarray:
+    """Position inside the segment, from 0."""
+    out = np.zeros_like(segments)
+    for b, t in np.ndindex(segments.shape):
+        if t and segments[b, t] == segments[b, t - 1]:
+            out[b, t] = out[b, t - 1] + 1
+    return out
+
+
+DEFINITION, BASE = build(BITNET)
+
+
+@jax.jit
+def hidden_of(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+    return DEFINITION.bind(BASE, {})(tokens, positions, segments)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_token_sees_its_past_in_its_own_segment_alone(data: st.DataObject) -> None:
+    """Changing one token changes exactly the later tokens of its segment, bit for bit."""
+    cuts = data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T))
+    segments = 1 + np.cumsum(np.array(cuts).reshape(B, T), axis=1).astype(np.int32)
+    row, at = data.draw(st.integers(0, B - 1)), data.draw(st.integers(0, T - 1))
+    tokens = sample()
+    other = tokens.at[row, at].set((tokens[row, at] + data.draw(st.integers(1, 60))) % 61)
+    where = (jnp.asarray(positions_of(segments)), jnp.asarray(segments))
+    before, after = (np.asarray(hidden_of(t, *where)) for t in (tokens, other))
+    may_differ = np.zeros((B, T), bool)
+    may_differ[row, at:] = segments[row, at:] == segments[row, at]
+    np.testing.assert_array_equal(before[~may_differ], after[~may_differ])
+    assert np.any(before[row, at] != after[row, at])
+
+
+def test_a_packed_row_gives_each_document_what_it_gets_alone() -> None:
+    """One row of two documents against two rows: same sums in another order."""
+    tokens = sample(1, (1, T))
+    segments = np.array([[1] * 4 + [2] * 6], np.int32)
+    packed = hidden_of(
+        jnp.tile(tokens, (B, 1)),
+        jnp.asarray(np.tile(positions_of(segments), (B, 1))),
+        jnp.asarray(np.tile(segments, (B, 1))),
+    )[0]
+    decoder = DEFINITION.bind(BASE, {})
+    for start, stop in ((0, 4), (4, 10)):
+        length = stop - start
+        alone = decoder(
+            tokens[:, start:stop],
+            jnp.arange(length, dtype=jnp.int32)[None],
+            jnp.ones((1, length), jnp.int32),
+        )[0]
+        different = np.abs(np.asarray(packed[start:stop]) - np.asarray(alone)).max(-1)
+        # An int8 code that lies on a rounding boundary may fall to the other side.
+        assert np.median(different) < 1e-5
+        assert different.max() < 0.3
+
+
+@pytest.mark.parametrize("config", [BITNET, LLAMA], ids=["bitnet", "llama"])
+@pytest.mark.parametrize("act_quant", ["per_token", "none"])
+def test_the_cache_path_equals_the_plain_path(config: ModelConfig, act_quant: str) -> None:
+    definition, base = build(config, act_quant=act_quant)
+    decoder = definition.bind(base, {})
+    tokens = sample(2)
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    plain = decoder(tokens, positions, jnp.ones((B, T), jnp.int32))
+    cache = empty_cache(2, B, T + 3, 2, 8, "float32")
+    pieces = []
+    for start, stop in ((0, 6), (6, 7), (7, 8), (8, 10)):
+        part, cache = decoder.extend(tokens[:, start:stop], positions[:, start:stop], cache)
+        pieces.append(part)
+    found = np.asarray(jnp.concatenate(pieces, 1))
+    different = np.abs(found - np.asarray(plain)).max(-1)
+    assert np.median(different) < 1e-5
+    assert different.max() < (1e-4 if act_quant == "none" else 0.3)
+
+
+def test_prompts_of_different_lengths_share_a_cache() -> None:
+    """Padding behind the shorter prompt is overwritten before a later token can see it."""
+    definition, base = build(BITNET, act_quant="none")
+    decoder = definition.bind(base, {})
+    tokens, lengths = sample(3), np.array([6, 3])
+    cache = empty_cache(2, B, T, 2, 8, "float32")
+    prompt = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[None], (B, 6))
+    _, cache = decoder.extend(tokens[:, :6], prompt, cache)
+    following = sample(4, (B, 3))
+    for step in range(3):
+        at = jnp.asarray(lengths + step, jnp.int32)[:, None]
+        found, cache = decoder.extend(following[:, step : step + 1], at, cache)
+    for row, length in enumerate(lengths):
+        whole = jnp.concatenate([tokens[row, :length], following[row]])[None]
+        count = int(length) + 3
+        expected = decoder(
+            whole, jnp.arange(count, dtype=jnp.int32)[None], jnp.ones((1, count), jnp.int32)
+        )
+        np.testing.assert_allclose(found[row, 0], expected[0, -1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [BITNET, LLAMA], ids=["tied", "untied"])
+def test_the_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig) -> None:
+    definition, base = build(config)
+    decoder = definition.bind(base, {})
+    tokens, targets = sample(5), sample(6)
+    weights = jnp.asarray(np.random.default_rng(7).random((B, T)), jnp.float32)
+    hidden = decoder(
+        tokens,
+        jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T)),
+        jnp.ones((B, T), jnp.int32),
+    )
+    head = base["embedding"] if config.tied_head else base["head"]
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+    np.testing.assert_allclose(decoder.logits(hidden), logits, rtol=0, atol=1e-5 * logits.max())
+    log_z = np.log(np.exp(logits - logits.max()).sum(-1)) + logits.max()
+    chosen = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+    expected = np.sum(np.asarray(weights, np.float64) * (log_z - chosen))
+    assert float(decoder.loss(hidden, targets, weights)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["linears", "layer"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["plain", "dropout"])
+def test_rematerialisation_changes_no_gradient(remat: str, dropout: float) -> None:
+    gradients = []
+    for option in ("none", remat):
+        lora = LoraConfig(rank=2, dropout=dropout)
+        definition, base = build(BITNET, lora=lora, remat=option)
+        adapter = jax.tree.map(lambda a: a + 0.05, initialize_adapter(definition, 1))
+
+        def loss(
+            adapter: Any, definition: DecoderDefinition = definition, base: Any = base
+        ) -> jax.Array:
+            decoder = definition.bind(base, adapter)
+            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+            hidden = decoder(sample(8), positions, jnp.ones((B, T), jnp.int32), jax.random.key(0))
+            return decoder.loss(hidden, sample(9), jnp.ones((B, T), jnp.float32))
+
+        with jax.disable_jit():
+            gradients.append(jax.grad(loss)(adapter))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-5, atol=1e-6 * float(jnp.abs(a).max())
+        ),
+        *gradients,
+    )
+
+
+def test_dropout_needs_a_key_and_differs_between_layers_and_keys() -> None:
+    definition, base = build(BITNET, lora=LoraConfig(rank=2, dropout=0.5))
+    adapter = jax.tree.map(lambda a: a + 0.05, initialize_adapter(definition, 1))
+    decoder = definition.bind(base, adapter)
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    arguments = (sample(8), positions, jnp.ones((B, T), jnp.int32))
+    plain, again = decoder(*arguments), decoder(*arguments)
+    np.testing.assert_array_equal(plain, again)
+    dropped = [decoder(*arguments, jax.random.key(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(dropped[0], dropped[1])
+    assert not np.array_equal(dropped[0], dropped[2])
+    assert not np.array_equal(dropped[0], plain)
+
+
+def test_compiled_size_does_not_grow_with_depth() -> None:
+    texts = []
+    for layers in (2, 12):
+        definition = define_decoder(replace(BITNET, num_layers=layers), DecoderOptions())
+        base = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _plain(definition.base)
+        )
+        ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+        run = jax.jit(lambda base, *ids, d=definition: d.bind(base, {})(*ids))
+        texts.append(run.lower(base, ids, ids, ids).as_text())
+    assert abs(len(texts[1]) - len(texts[0])) < 0.05 * len(texts[0])
+
+
+def _plain(state: Any) -> Any:
+    from flax import nnx
+
+    return nnx.to_pure_dict(state)
