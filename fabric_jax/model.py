@@ -17,7 +17,7 @@ from fabric_jax.checkpoints.peft import load_adapter, read_lora_config
 from fabric_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fabric_jax.errors import FabricError
 from fabric_jax.generation.config import GenerationConfig
-from fabric_jax.generation.generator import Generator, check_ids, make_generator
+from fabric_jax.generation.generator import Generated, Generator, check_ids, make_generator
 from fabric_jax.generation.prompts import Prompt, decode_continuation, encode_prompt
 from fabric_jax.layers.bit_linear import BaseMode
 from fabric_jax.models.config import ModelConfig
@@ -104,7 +104,7 @@ class Model:
         batch_size: int = 0,
         tokenizer: Tokenizer | None = None,
     ) -> list[Completion]:
-        """Continues each prompt.
+        """Continues each prompt; the completions are in the order of the prompts.
 
         Args:
             prompts: one text, or several prompts: texts, conversations (lists of messages) that the
@@ -118,9 +118,6 @@ class Model:
                 turn).
             batch_size: prompts computed at once; 0 for all.
             tokenizer: instead of the model's own.
-
-        Returns:
-            One completion a prompt, in their order.
 
         Raises:
             FabricError: a setting is out of range, or a prompt is empty, doesn't fit the model with
@@ -140,14 +137,7 @@ class Model:
         several = [prompts] if isinstance(prompts, str) else prompts
         ids = [encode_prompt(tokenizer, prompt) for prompt in several]
         results = self._generator(self.frozen, self.adapter, ids, settings)
-        return [
-            Completion(
-                text=decode_continuation(tokenizer, prompt, result.answer),
-                tokens=result.tokens,
-                finish=result.finish,
-            )
-            for prompt, result in zip(ids, results, strict=True)
-        ]
+        return [_complete(tokenizer, *pair) for pair in zip(ids, results, strict=True)]
 
     @cached_property
     def _generator(self) -> Generator:
@@ -163,6 +153,11 @@ class Model:
             return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
 
         return cast(Callable[[Tree, Tree, jax.Array], jax.Array], logits)
+
+
+def _complete(tokenizer: Tokenizer, prompt: Sequence[int], result: Generated) -> Completion:
+    text = decode_continuation(tokenizer, prompt, result.answer)
+    return Completion(text=text, tokens=result.tokens, finish=result.finish)
 
 
 def load_model(

@@ -167,15 +167,16 @@ def load_model_folder(
     definition = define_decoder(stored.model, options)
     wanted = base_layouts(definition)
     leaves: list[tuple[tuple[str, ...], jax.Array]] = []
-    with open_tensors(folder / WEIGHTS) as file:
-        wrong = layout_differences(expected, file.layouts)
-        if wrong:
-            raise FabricError(
-                f"{file.path} does not hold the weights of {stored.model.name}: {summarize(wrong)}"
-            )
-        for name in wanted:
-            array = jax.device_put(_read(file, name), may_alias=False)
-            leaves.append((tuple(name.split(".")), array.astype(wanted[name].dtype)))
+    file = open_tensors(folder / WEIGHTS)
+    if wrong := layout_differences(expected, file.layouts):
+        raise FabricError(
+            f"{file.path} does not hold the weights of {stored.model.name}: {summarize(wrong)}"
+        )
+    for name, layout in wanted.items():
+        array = jax.device_put(_read(file, name), may_alias=False)
+        if array.dtype != layout.dtype:
+            array = array.astype(layout.dtype)
+        leaves.append((tuple(name.split(".")), jax.block_until_ready(array)))
     return definition, nest(leaves)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -113,9 +112,9 @@ def read_lora_config(folder: str | Path) -> LoraConfig:
     folder = Path(folder)
     config = _read_config(folder)
     path = folder / CONFIG
-    with open_tensors(folder / WEIGHTS) as file:
-        modules = {_module(name) for name in file.layouts}
-        dtypes = {layout.dtype for layout in file.layouts.values()}
+    stored = open_tensors(folder / WEIGHTS).layouts
+    modules = {_module(name) for name in stored}
+    dtypes = {layout.dtype for layout in stored.values()}
     unknown = sorted(modules - LINEARS.keys())
     if unknown or not modules:
         raise FabricError(
@@ -168,23 +167,23 @@ def load_adapter(folder: str | Path, definition: DecoderDefinition) -> Tree:
         )
     declared = _adapter_layouts(definition)
     names = list(_tensor_names(definition))
-    with open_tensors(folder / WEIGHTS) as file:
-        expected = {peft: _file_layout(name, declared[name]) for name, _, peft in names}
-        found = {peft: _as_float32(layout) for peft, layout in file.layouts.items()}
-        if wrong := layout_differences(expected, found):
-            base = _read_config(folder).get("base_model_name_or_path") or "an unnamed model"
-            raise FabricError(
-                f"the adapter {folder}, trained on {base}, does not fit "
-                f"{describe_model(definition.config)}: {summarize(wrong)}",
-                fix="Load the model that it was trained on",
-            )
-        stacks: dict[str, list[HostArray]] = {name: [] for name in declared}
-        for name, _, peft in names:
-            stacks[name].append(_turn(name, file.read(peft)))
-        leaves = [
-            (tuple(name.split(".")), _stack(parts, declared[name].dtype))
-            for name, parts in stacks.items()
-        ]
+    file = open_tensors(folder / WEIGHTS)
+    expected = {peft: _file_layout(name, declared[name]) for name, _, peft in names}
+    found = {peft: _as_float32(layout) for peft, layout in file.layouts.items()}
+    if wrong := layout_differences(expected, found):
+        base = _read_config(folder).get("base_model_name_or_path") or "an unnamed model"
+        raise FabricError(
+            f"the adapter {folder}, trained on {base}, does not fit "
+            f"{describe_model(definition.config)}: {summarize(wrong)}",
+            fix="Load the model that it was trained on",
+        )
+    stacks: dict[str, list[HostArray]] = {name: [] for name in declared}
+    for name, _, peft in names:
+        stacks[name].append(_turn(name, file.read(peft)))
+    leaves = [
+        (tuple(name.split(".")), _stack(parts, declared[name].dtype))
+        for name, parts in stacks.items()
+    ]
     return nest(leaves)
 
 
@@ -227,7 +226,8 @@ def _as_float32(layout: Layout) -> Layout:
 
 
 def _stack(parts: list[HostArray], dtype: str) -> jax.Array:
-    return jnp.asarray(np.stack([part.astype(np.float32) for part in parts])).astype(dtype)
+    stack = np.stack([part.astype(np.float32) for part in parts])
+    return jax.device_put(stack, may_alias=False).astype(dtype)
 
 
 def _module(name: str) -> str:
@@ -271,6 +271,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing:
         raise FabricError(f"{path} lacks {', '.join(missing)}")
+    if not isinstance(config["r"], int):
+        raise FabricError(f"{path} has a rank that is no whole number", found=repr(config["r"]))
     used = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         used.append("bias")

@@ -24,44 +24,52 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFile:
-    """An open safetensors file.
+    """A safetensors file whose header was read.
 
     Attributes:
         path: of the file.
-        layouts: shape and dtype of each tensor, from the header.
-        handle: the library's object.
+        layouts: shape and dtype of each tensor.
     """
 
     path: Path
     layouts: dict[str, Layout]
-    handle: Any
 
     def read(self, name: str) -> HostArray:
-        """One tensor, as a view of the mapped file where the library gives one.
+        """One tensor; its part of the file is mapped into memory as long as the array lives.
 
         Raises:
-            FabricError: a value is not finite.
+            FabricError: the file is damaged or a value is not finite.
         """
-        array: HostArray = self.handle.get_tensor(name)
+        # Opened anew for each tensor: one mapping for all would keep every page that was read.
+        with _open(self.path) as handle:
+            array: HostArray = handle.get_tensor(name)
         if not is_finite(array):
             raise FabricError(f"{name} in {self.path} has values that are not finite")
         return array
 
 
-@contextmanager
-def open_tensors(path: Path) -> Generator[TensorFile]:
-    """Opens a safetensors file, mapped into memory.
+def open_tensors(path: Path) -> TensorFile:
+    """Reads the header of a safetensors file.
 
     Raises:
         FabricError: the file is missing, damaged or has a tensor of an unknown dtype.
     """
+    with _open(path) as handle:
+        names: list[str] = list(handle.keys())
+        return TensorFile(
+            path=path,
+            layouts={name: _layout(path, name, handle.get_slice(name)) for name in names},
+        )
+
+
+@contextmanager
+def _open(path: Path) -> Generator[Any]:
+    """The library's object for a file, its errors turned into ours."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as handle:
-            names: list[str] = list(handle.keys())
-            layouts = {name: _layout(path, name, handle.get_slice(name)) for name in names}
-            yield TensorFile(path=path, layouts=layouts, handle=handle)
+            yield handle
     except FileNotFoundError as error:
         raise FabricError(f"{path} does not exist") from error
     except (OSError, SafetensorError) as error:

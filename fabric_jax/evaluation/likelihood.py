@@ -23,8 +23,35 @@ def make_scorer(definition: DecoderDefinition) -> Scorer:
 
     The sum of the tokens' log-probabilities, nats; the tokens' own are float32.
     """
-    max_length = definition.config.max_length
+    token_scores = _make_token_scores(definition)
 
+    def score(
+        base: Tree, adapter: Tree, pairs: Sequence[Pair], batch_size: int
+    ) -> NDArray[np.float64]:
+        width = max((len(rest) for _, rest in pairs), default=1)
+        sums = np.zeros(len(pairs))
+        by_length = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        for start in range(0, len(pairs), batch_size):
+            members = by_length[start : start + batch_size]
+            chosen = [pairs[i] for i in members]
+            longest = max(len(context) + len(rest) for context, rest in chosen) - 1
+            rows = [np.asarray([*context, *rest[:-1]], np.int64) for context, rest in chosen]
+            rests = [np.asarray(rest, np.int64) for _, rest in chosen]
+            tokens, _ = pad_right(rows, batch_size, bucket(longest, definition.config.max_length))
+            targets, counts = pad_right(rests, batch_size, width)
+            starts = np.zeros(batch_size, np.int32)
+            starts[: len(chosen)] = [len(context) - 1 for context, _ in chosen]
+            scores = np.asarray(token_scores(base, adapter, tokens, starts, targets), np.float64)
+            inside = np.arange(width) < counts[:, None]
+            sums[members] = np.where(inside, scores, 0).sum(1)[: len(chosen)]
+        return sums
+
+    return score
+
+
+def _make_token_scores(
+    definition: DecoderDefinition,
+) -> Callable[[Tree, Tree, NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]], jax.Array]:
     @jax.jit
     def token_scores(
         base: Tree,
@@ -35,10 +62,8 @@ def make_scorer(definition: DecoderDefinition) -> Scorer:
     ) -> Float32[Array, "B C"]:
         """Log-probabilities of ``targets``, the first predicted at position ``starts``."""
         decoder = definition.bind(base, adapter)
-        positions = jnp.broadcast_to(
-            jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape
-        )
-        hidden = decoder(tokens, positions, jnp.ones_like(tokens))
+        row = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        hidden = decoder(tokens, jnp.broadcast_to(row, tokens.shape), jnp.ones_like(tokens))
         # The head is applied only where a target is predicted: all logits would be [B, T, V].
         where = starts[:, None] + jnp.arange(targets.shape[1], dtype=jnp.int32)[None, :]
         where = jnp.minimum(where, tokens.shape[1] - 1)
@@ -46,29 +71,4 @@ def make_scorer(definition: DecoderDefinition) -> Scorer:
         scores = jax.nn.log_softmax(decoder.logits(hidden), axis=-1)
         return jnp.take_along_axis(scores, targets[:, :, None], axis=-1)[:, :, 0]
 
-    def score(
-        base: Tree, adapter: Tree, pairs: Sequence[Pair], batch_size: int
-    ) -> NDArray[np.float64]:
-        rows = [np.asarray([*context, *rest[:-1]], np.int64) for context, rest in pairs]
-        rests = [np.asarray(rest, np.int64) for _, rest in pairs]
-        width = max((rest.size for rest in rests), default=1)
-        sums = np.zeros(len(pairs))
-        by_length = sorted(range(len(rows)), key=lambda i: -rows[i].size)
-        for start in range(0, len(rows), batch_size):
-            members = by_length[start : start + batch_size]
-            longest = bucket(rows[members[0]].size, max_length)
-            tokens, _ = pad_right([rows[i] for i in members], batch_size, longest)
-            targets, counts = pad_right([rests[i] for i in members], batch_size, width)
-            starts = np.zeros(batch_size, np.int32)
-            starts[: len(members)] = [len(pairs[i][0]) - 1 for i in members]
-            scores = np.asarray(
-                token_scores(
-                    base, adapter, jnp.asarray(tokens), jnp.asarray(starts), jnp.asarray(targets)
-                ),
-                np.float64,
-            )
-            inside = np.arange(width) < counts[:, None]
-            sums[members] = np.where(inside, scores, 0).sum(1)[: len(members)]
-        return sums
-
-    return score
+    return token_scores

@@ -7,7 +7,6 @@ knows the facts, yet has seen no question and no answer.
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,37 +137,38 @@ class Corpus:
     statements: tuple[str, ...]
 
 
-def make_corpus(seed: int, *, drugs: int = 120) -> Corpus:
-    """Facts of each relation for ``drugs`` drugs, all of it decided by ``seed``.
+def make_corpus(seed: int, *, drugs: int = 150, held_out: int = 20) -> Corpus:
+    """Two facts, one of each relation, about each drug; all of it decided by ``seed``.
 
-    Every pair of a relation and an outcome has equally many facts, and half of them are held out.
+    Every pair of a relation and an outcome has equally many facts.
+
+    Args:
+        seed: of names, facts and orders.
+        drugs: how many, a multiple of 3.
+        held_out: facts of each relation and outcome whose questions are kept for the evaluation.
 
     Raises:
-        FabricError: ``drugs`` is not a multiple of 6, so that the classes can't be balanced.
+        FabricError: the facts can't be divided like that.
     """
-    if drugs < 6 or drugs % 6:
-        raise FabricError("cannot balance the corpus", expected="6, 12, … drugs", found=str(drugs))
+    if drugs % 3 or not 0 < held_out < drugs // 3:
+        raise FabricError(
+            f"cannot divide {drugs} drugs into 3 outcomes with {held_out} held out of each",
+            expected="a multiple of 3 as drugs, and fewer than a third of it held out",
+        )
     generator = random.Random(seed)
     names = _drug_names(generator, drugs)
     train: list[Fact] = []
-    held_out: list[Fact] = []
-    for relation, spec in RELATIONS.items():
-        for outcome, group in zip(OUTCOMES, _thirds(generator, names), strict=True):
-            facts = [
-                Fact(
-                    drug=d,
-                    relation=relation,
-                    object=generator.choice(spec.objects),
-                    outcome=outcome,
-                )
-                for d in group
-            ]
-            train += facts[: len(facts) // 2]
-            held_out += facts[len(facts) // 2 :]
-    statements = [text for fact in train + held_out for text in fact.statements] + glossary()
-    for items in (train, held_out, statements):
+    kept: list[Fact] = []
+    for relation in RELATIONS:
+        shuffled = generator.sample(names, drugs)
+        for i, outcome in enumerate(OUTCOMES):
+            facts = [_fact(generator, drug, relation, outcome) for drug in shuffled[i::3]]
+            kept += facts[:held_out]
+            train += facts[held_out:]
+    statements = [text for fact in train + kept for text in fact.statements] + glossary()
+    for items in (train, kept, statements):
         generator.shuffle(items)
-    return Corpus(train=tuple(train), held_out=tuple(held_out), statements=tuple(statements))
+    return Corpus(train=tuple(train), held_out=tuple(kept), statements=tuple(statements))
 
 
 def glossary() -> list[str]:
@@ -186,6 +186,6 @@ def _drug_names(generator: random.Random, count: int) -> list[str]:
     return generator.sample(names, count)
 
 
-def _thirds(generator: random.Random, names: Sequence[str]) -> list[list[str]]:
-    shuffled = generator.sample(list(names), len(names))
-    return [shuffled[i::3] for i in range(3)]
+def _fact(generator: random.Random, drug: str, relation: str, outcome: Outcome) -> Fact:
+    chosen = generator.choice(RELATIONS[relation].objects)
+    return Fact(drug=drug, relation=relation, object=chosen, outcome=outcome)

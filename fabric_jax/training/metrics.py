@@ -194,7 +194,7 @@ def _open_events(folder: Path, last_step: int) -> "SummaryWriter":
             fix="Install it (pip install tensorboardX) or give --no-tensorboard",
         ) from error
     # Tells TensorBoard to forget what an interrupted session wrote after the checkpoint.
-    purge = last_step + 1 if last_step else None
+    purge = last_step + 1 if last_step else 0
     try:
         return SummaryWriter(str(folder), purge_step=purge)
     except OSError as error:

@@ -19,7 +19,7 @@ from fabric_jax.data.load import Data
 from fabric_jax.errors import FabricError
 from fabric_jax.evaluation.perplexity import evaluate_perplexity
 from fabric_jax.measurement.categories import compiled_memory
-from fabric_jax.measurement.memory import peak_memory_bytes
+from fabric_jax.measurement.memory import peak_memory_bytes, release_free_memory
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
 from fabric_jax.training.config import RunConfig
@@ -175,6 +175,7 @@ class Session:
         ).compile()
         self.compile_seconds = time.perf_counter() - start
         self.temporary_bytes = compiled_memory(compiled).temporaries
+        release_free_memory()
         return compiled
 
     def _steps(self, compiled: jax.stages.Compiled) -> None:

@@ -70,6 +70,8 @@ def train(
             write_json(output / CONFIG, asdict(config))
             if session.step:
                 console.print(f"resuming after step {session.step} of {total}", highlight=False)
+            elif config.resume == "auto":
+                console.print("no checkpoint to resume: starting anew", highlight=False)
             _run(session, console)
         job.export(output / job.kind, session.state.params)
         summary = _summarise(session)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,16 @@ def assert_equal(tree, other):
         np.testing.assert_array_equal(x, y)
 
 
+@cache
+def make_base(mode):
+    return initialize_base(define_decoder(CONFIG, DecoderOptions(mode=mode)), 4)
+
+
 @pytest.fixture
 def folder(tmp_path):
     def save(mode, tokenizer=None, **options):
         definition = define_decoder(CONFIG, DecoderOptions(mode=mode, **options))
-        base = initialize_base(definition, 4)
+        base = make_base(mode)
         save_model(tmp_path / mode, definition, base, tokenizer_json=tokenizer)
         return tmp_path / mode, definition, base
 

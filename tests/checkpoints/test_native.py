@@ -2,6 +2,7 @@ import json
 import resource
 import struct
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -38,6 +39,7 @@ CONFIG = replace(
 UNREADABLE = r"cannot read .*model\.safetensors"
 
 
+@cache
 def make(mode="packed", dtype="float32", config=CONFIG, **options):
     definition = define_decoder(config, DecoderOptions(mode=mode, dtype=dtype, **options))
     return definition, initialize_base(definition, 1)
@@ -218,7 +220,7 @@ def test_weights_of_another_model_are_not_saved(tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     definition, base = make()
-    base["embedding"] = base["embedding"].at[3, 3].set(jnp.inf)
+    base = base | {"embedding": base["embedding"].at[3, 3].set(jnp.inf)}
     with pytest.raises(FabricError, match="embedding has values that are not finite"):
         save_model(tmp_path / "model", definition, base, tokenizer_json=None)
     assert list(tmp_path.iterdir()) == []

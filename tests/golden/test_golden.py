@@ -14,6 +14,9 @@ from tests.models import running
 from tests.models.hf_mapping import to_hf_names, to_peft_names
 from tests.models.tiny_problems import GOLDEN, PROBLEMS, Problem, checksum, make_problem
 
+# One worker, so that the programs of single operations are compiled once.
+pytestmark = pytest.mark.xdist_group("golden")
+
 FOLDER = Path(__file__).parent
 ADAPTED = [name for name in PROBLEMS if name.startswith("bitnet")]
 TRAINABLE = ["bitnet-relu2-online", "bitnet-silu-online", "llama-float"]
@@ -109,9 +112,9 @@ def test_gradients_of_the_adapter(name: str) -> None:
     running.assert_gradients(found, part(stored, "lora:grad:"), 1e-5)
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
-def test_loss_under_one_jit(name: str) -> None:
-    problem, stored = load(name)
+def test_loss_and_gradients_under_one_jit() -> None:
+    """Fusion moves codes across rounding boundaries, so the bounds are wide."""
+    problem, stored = load("bitnet-silu-online")
     keep = np.ones(problem.tokens.shape, bool)
     loss, grads = jax.jit(lambda: running.loss_and_gradients(problem, keep))()
     assert float(loss) == pytest.approx(stored["loss"].item(), rel=1e-2)

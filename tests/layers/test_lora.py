@@ -146,7 +146,7 @@ def test_bfloat16_input_and_bfloat16_adapter() -> None:
         (("q", "mlp"), {"q", "gate", "up", "down"}),
         (("o",), {"o"}),
     ],
-    ids=str,
+    ids=["attention", "mlp", "all", "q-and-mlp", "o"],
 )
 def test_targets(targets: tuple[str, ...], linears: set[str]) -> None:
     config = LoraConfig(targets=targets)

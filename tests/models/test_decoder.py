@@ -109,9 +109,10 @@ def test_the_cache_path_equals_the_plain_path(config: ModelConfig, act_quant: st
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     plain = decoder(tokens, positions, jnp.ones((B, T), jnp.int32))
     cache = empty_cache(2, B, T + 3, 2, 8, "float32")
+    extend = jax.jit(decoder.extend)
     pieces = []
     for start, stop in ((0, 6), (6, 7), (7, 8), (8, 10)):
-        part, cache = decoder.extend(tokens[:, start:stop], positions[:, start:stop], cache)
+        part, cache = extend(tokens[:, start:stop], positions[:, start:stop], cache)
         pieces.append(part)
     found = np.asarray(jnp.concatenate(pieces, 1))
     different = np.abs(found - np.asarray(plain)).max(-1)
@@ -123,14 +124,15 @@ def test_prompts_of_different_lengths_share_a_cache() -> None:
     """Padding behind the shorter prompt is overwritten before a later token can see it."""
     definition, base = build(BITNET, act_quant="none")
     decoder = definition.bind(base, {})
+    extend = jax.jit(decoder.extend)
     tokens, lengths = sample(3), np.array([6, 3])
     cache = empty_cache(2, B, T, 2, 8, "float32")
     prompt = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[None], (B, 6))
-    _, cache = decoder.extend(tokens[:, :6], prompt, cache)
+    _, cache = extend(tokens[:, :6], prompt, cache)
     following = sample(4, (B, 3))
     for step in range(3):
         at = jnp.asarray(lengths + step, jnp.int32)[:, None]
-        found, cache = decoder.extend(following[:, step : step + 1], at, cache)
+        found, cache = extend(following[:, step : step + 1], at, cache)
     for row, length in enumerate(lengths):
         whole = jnp.concatenate([tokens[row, :length], following[row]])[None]
         count = int(length) + 3
@@ -161,12 +163,12 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig) -> Non
 
 
 @pytest.mark.parametrize("remat", ["linears", "layer"])
-@pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["plain", "dropout"])
-def test_rematerialisation_changes_no_gradient(remat: str, dropout: float) -> None:
+def test_rematerialisation_changes_no_gradient(remat: str) -> None:
     gradients = []
     for option in ("none", remat):
-        lora = LoraConfig(rank=2, dropout=dropout)
-        definition, base = build(BITNET, lora=lora, remat=option)
+        lora = LoraConfig(rank=2, dropout=0.4)
+        # Without codes, which fusion may move, gradients differ by rounding alone.
+        definition, base = build(BITNET, lora=lora, remat=option, act_quant="none")
         adapter = jax.tree.map(lambda a: a + 0.05, initialize_adapter(definition, 1))
 
         def loss(
@@ -187,18 +189,17 @@ def test_rematerialisation_changes_no_gradient(remat: str, dropout: float) -> No
     )
 
 
-def test_dropout_needs_a_key_and_differs_between_layers_and_keys() -> None:
+def test_dropout_needs_a_key_and_differs_between_keys() -> None:
     definition, base = build(BITNET, lora=LoraConfig(rank=2, dropout=0.5))
     adapter = jax.tree.map(lambda a: a + 0.05, initialize_adapter(definition, 1))
-    decoder = definition.bind(base, adapter)
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     arguments = (sample(8), positions, jnp.ones((B, T), jnp.int32))
-    plain, again = decoder(*arguments), decoder(*arguments)
-    np.testing.assert_array_equal(plain, again)
-    dropped = [decoder(*arguments, jax.random.key(seed)) for seed in (0, 0, 1)]
+    run = jax.jit(lambda key: definition.bind(base, adapter)(*arguments, key))
+    dropped = [run(jax.random.key(seed)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(dropped[0], dropped[1])
     assert not np.array_equal(dropped[0], dropped[2])
-    assert not np.array_equal(dropped[0], plain)
+    plain = jax.jit(lambda: definition.bind(base, adapter)(*arguments))()
+    assert float(jnp.abs(plain - dropped[0]).max()) > 0.01
 
 
 def test_compiled_size_does_not_grow_with_depth() -> None:

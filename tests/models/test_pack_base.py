@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,13 @@ def shrink(name, num_kv_heads):
 BITNET, LLAMA = shrink("bitnet-tiny", 4), shrink("falcon-e-1b", 2)
 
 
+@cache
+def make_base(config):
+    return initialize_base(define_decoder(config, DecoderOptions(mode="master")), 3)
+
+
 def make(config, **options):
-    definition = define_decoder(config, DecoderOptions(mode="master", **options))
-    return definition, initialize_base(definition, 3)
+    return define_decoder(config, DecoderOptions(mode="master", **options)), make_base(config)
 
 
 def logits(definition, base, adapter, tokens):

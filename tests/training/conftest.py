@@ -19,6 +19,8 @@ from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_
 from fabric_jax.models.initialize import initialize_base
 from fabric_jax.models.registry import get_config
 from fabric_jax.training.config import FinetuneConfig, OptimizerConfig
+from fabric_jax.training.loop import finetune
+from fabric_jax.training.summary import Summary
 
 MICRO: ModelConfig = replace(
     get_config("bitnet-tiny"),
@@ -88,12 +90,17 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for JAX's cache of compiled programs."""
+    return tmp_path_factory.mktemp("programs")
+
+
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Equal programs are compiled once in a module (and its subprocesses that set the folder)."""
-    folder = tmp_path_factory.mktemp("compiled")
+def compiled_once(programs: Path) -> Iterator[None]:
+    """Equal programs are compiled once, whichever test needs them: XLA takes seconds for each."""
     settings = {
-        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_dir": str(programs),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -101,7 +108,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield folder
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -111,3 +118,12 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def micro_definition() -> DecoderDefinition:
     """``MICRO`` packed, with an adapter of rank 4 on every linear."""
     return define_decoder(MICRO, DecoderOptions(lora=LoraConfig(rank=4)))
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, configure: Configure, compiled_once: None
+) -> tuple[FinetuneConfig, Summary]:
+    """A run of 8 steps and about two epochs that nothing interrupted."""
+    config = configure(tmp_path_factory.mktemp("runs") / "whole", eval_every=4)
+    return config, finetune(config, console=Console(quiet=True))

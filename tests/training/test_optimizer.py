@@ -42,10 +42,10 @@ def test_learning_rate_is_that_of_the_formula(schedule: Any, data: st.DataObject
         warmup_steps=data.draw(st.integers(0, 20)),
         warmup_ratio=data.draw(st.sampled_from([0.0, 0.03, 0.5])),
     )
-    found = learning_rate_schedule(config, total)(jnp.arange(total))
+    found = learning_rate_schedule(config, total)(jnp.arange(200))
     expected = [expected_rate(config, total, done) for done in range(total)]
     np.testing.assert_allclose(
-        np.broadcast_to(np.asarray(found, np.float64), total),
+        np.broadcast_to(np.asarray(found, np.float64), 200)[:total],
         expected,
         rtol=2e-5,
         atol=1e-6 * config.learning_rate,
