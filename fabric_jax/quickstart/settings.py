@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from fabric_jax.layers.lora import LoraConfig
+from fabric_jax.models.decoder import Remat
 from fabric_jax.training.config import OptimizerConfig
 
 
@@ -53,6 +54,8 @@ class Recipe:
         finetune_rows: rows a step.
         finetune_optimizer: AdamW and its schedule there.
         lora: the adapter.
+        remat: what backward passes recompute. On CPU it is faster to compute norms and gates twice
+            than to get memory for them from the system in every step.
         log_every: steps between lines of metrics.
         eval_every: LoRA steps between losses of the held-out questions.
     """
@@ -68,5 +71,6 @@ class Recipe:
     finetune_rows: int = 8
     finetune_optimizer: OptimizerConfig = field(default_factory=_fine_tuning)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=8, alpha=16.0, dropout=0.1))
+    remat: Remat = "linears"
     log_every: int = 20
     eval_every: int = 40

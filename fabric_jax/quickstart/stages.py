@@ -113,6 +113,7 @@ def train_from_scratch(
         epochs=recipe.pretrain_epochs,
         save_every=0,
         log_every=recipe.log_every,
+        remat=recipe.remat,
         seed=seed,
     )
     return pretrain(config, console=console)
@@ -147,6 +148,7 @@ def finetune_config(layout: Layout, recipe: Recipe, *, seed: int) -> FinetuneCon
         eval_every=recipe.eval_every,
         save_every=0,
         log_every=recipe.log_every,
+        remat=recipe.remat,
         seed=seed,
     )
 

@@ -94,7 +94,7 @@ class _Stopped(Exception):
 class Session:
     """Trains until the last step.
 
-    Results of a step are read while the next one runs, so the device never waits for the host
+    Results of a step are read while the next one runs, so an accelerator never waits for the host
     except around evaluations and checkpoints. Those see a state whose loss and gradient were read
     and are finite.
 
@@ -124,6 +124,8 @@ class Session:
         self._durations: list[float] = []
         self.state, self.totals = self._start()
         self.step = self._saved_step = int(self.state.step)
+        # On CPU the scratch of a waiting step is allocated at once: two steps would hold it twice.
+        self._dispatches_ahead = jax.default_backend() != "cpu"
 
     def run(self, log: MetricsLog, progress: RunProgress) -> None:
         """Runs the remaining steps, with their evaluations and checkpoints.
@@ -166,6 +168,8 @@ class Session:
     def _compile(self) -> jax.stages.Compiled:
         """The step's program, made before the clock starts."""
         start = time.perf_counter()
+        # The programs that made or loaded the weights are not needed again and hold tens of MiB.
+        jax.clear_caches()
         dataset = self.config.dataset
         shape = (self.config.accumulation, dataset.batch_size, dataset.max_length)
         self._root = jax.random.fold_in(jax.random.key(self.config.seed), DROPOUT_STREAM)
@@ -182,6 +186,9 @@ class Session:
         pending: _Pending | None = None
         while self.step < self.total_steps:
             batch = next(self.job.data.train)
+            if pending is not None and not self._dispatches_ahead:
+                self._settle(pending)
+                pending = None
             self.state, metrics = compiled(self.state, self.job.frozen, batch, self._root)
             if pending is not None:
                 self._settle(pending)

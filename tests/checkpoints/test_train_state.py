@@ -115,7 +115,7 @@ def test_buffers_may_be_donated_while_the_save_runs(open_checkpoints):
         params, moments = make_state(step)
         save(checkpoints, step, state=(params, moments))
         jax.block_until_ready(destroy((params, moments)))
-        assert params["gain"].is_deleted()
+        assert any(leaf.is_deleted() for leaf in jax.tree.leaves((params, moments)))
     restored = checkpoints.restore(*make_state(0))
     assert_same_bits((restored.params, restored.moments), make_state(3))
 

@@ -70,8 +70,7 @@ def test_weight_codes(name: str) -> None:
 def test_logits(name: str) -> None:
     problem, stored = load(name)
     keep = comparable(problem, stored, adapted=False)
-    with jax.disable_jit():
-        found = running.logits(problem)
+    found = running.logits(problem)
     bound = 1e-4 if name == "llama-float" else 2e-5
     assert_logits(found, stored["logits"], keep, bound)
 
@@ -82,8 +81,7 @@ def test_gradients_of_all_weights(name: str) -> None:
     if not np.all(comparable(problem, stored, adapted=False)):
         pytest.skip("a code lies on a rounding boundary on this machine: gradients differ")
     keep = np.ones(problem.tokens.shape, bool)
-    with jax.disable_jit():
-        loss, grads = running.loss_and_gradients(problem, keep)
+    loss, grads = running.loss_and_gradients(problem, keep)
     assert float(loss) == pytest.approx(stored["loss"].item(), rel=2e-6)
     bound = 1e-4 if name == "llama-float" else 1e-5
     found = to_hf_names(grads, problem.config)
@@ -94,8 +92,7 @@ def test_gradients_of_all_weights(name: str) -> None:
 def test_logits_with_an_adapter(name: str) -> None:
     problem, stored = load(name)
     keep = comparable(problem, stored, adapted=True)
-    with jax.disable_jit():
-        found = running.logits(problem, adapted=True)
+    found = running.logits(problem, adapted=True)
     assert_logits(found, stored["lora:logits"], keep, 2e-5)
 
 
@@ -105,8 +102,7 @@ def test_gradients_of_the_adapter(name: str) -> None:
     if not np.all(comparable(problem, stored, adapted=True)):
         pytest.skip("a code lies on a rounding boundary on this machine: gradients differ")
     keep = np.ones(problem.tokens.shape, bool)
-    with jax.disable_jit():
-        loss, grads = running.loss_and_gradients(problem, keep, adapted=True)
+    loss, grads = running.loss_and_gradients(problem, keep, adapted=True)
     assert float(loss) == pytest.approx(stored["lora:loss"].item(), rel=2e-6)
     found = to_peft_names(grads, problem.config)
     running.assert_gradients(found, part(stored, "lora:grad:"), 1e-5)
@@ -116,7 +112,7 @@ def test_loss_and_gradients_under_one_jit() -> None:
     """Fusion moves codes across rounding boundaries, so the bounds are wide."""
     problem, stored = load("bitnet-silu-online")
     keep = np.ones(problem.tokens.shape, bool)
-    loss, grads = jax.jit(lambda: running.loss_and_gradients(problem, keep))()
+    loss, grads = running.loss_and_gradients(problem, keep, jit=True)
     assert float(loss) == pytest.approx(stored["loss"].item(), rel=1e-2)
     found = to_hf_names(grads, problem.config)
     running.assert_gradients(found, part(stored, "grad:"), 5e-2)

@@ -35,20 +35,26 @@ def whole_rows(tokens: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.asarray(tokens), jnp.asarray(positions), jnp.ones(tokens.shape, jnp.int32)
 
 
-def logits(problem: Problem, *, adapted: bool = False, **options: Any) -> jax.Array:
-    """Float32 logits [B, T, V]."""
-    decoder = define(problem, adapted=adapted, **options).bind(
-        problem.base(), adapter_of(problem, adapted)
-    )
-    return decoder.logits(decoder(*whole_rows(problem.tokens)))
+def logits(
+    problem: Problem, *, adapted: bool = False, jit: bool = False, **options: Any
+) -> jax.Array:
+    """Float32 logits [B, T, V], op by op or under one ``jit``."""
+    definition = define(problem, adapted=adapted, **options)
+
+    def run(base: dict[str, Any], adapter: dict[str, Any]) -> jax.Array:
+        decoder = definition.bind(base, adapter)
+        return decoder.logits(decoder(*whole_rows(problem.tokens)))
+
+    with jax.disable_jit(not jit):
+        return jax.jit(run)(problem.base(), adapter_of(problem, adapted))
 
 
 def loss_and_gradients(
-    problem: Problem, keep: np.ndarray, *, adapted: bool = False, **options: Any
+    problem: Problem, keep: np.ndarray, *, adapted: bool = False, jit: bool = False, **options: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Mean loss of the targets after the tokens that ``keep`` marks, and its gradient.
 
-    By the adapter if there is one, else by the base.
+    By the adapter if there is one, else by the base; op by op or under one ``jit``.
     """
     definition = define(problem, adapted=adapted, **options)
     tokens = problem.tokens
@@ -64,7 +70,8 @@ def loss_and_gradients(
 
     base, adapter = problem.base(), adapter_of(problem, adapted)
     trained, frozen = (adapter, base) if adapted else (base, adapter)
-    return jax.value_and_grad(loss)(trained, frozen)
+    with jax.disable_jit(not jit):
+        return jax.jit(jax.value_and_grad(loss))(trained, frozen)
 
 
 def layer_inputs(

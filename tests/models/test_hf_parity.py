@@ -51,8 +51,7 @@ def test_logits_op_by_op(name: str, tmp_path: Path) -> None:
     model = hf_oracle.load_model(problem, tmp_path)
     keep = comparable(problem, model)
     expected = hf_oracle.run(model, problem.tokens)["logits"]
-    with jax.disable_jit():
-        found = np.asarray(running.logits(problem))
+    found = np.asarray(running.logits(problem))
     assert expected.std() > 3
     # Without quantisers activations are larger: even numpy and torch differ by 5e-4 there.
     bound = 5e-4 if name == "llama-float" else 2e-5
@@ -65,7 +64,7 @@ def test_logits_under_one_jit(name: str, tmp_path: Path) -> None:
     problem = make_problem(name, LIVE)
     model = hf_oracle.load_model(problem, tmp_path)
     expected = hf_oracle.run(model, problem.tokens)["logits"]
-    found = np.asarray(jax.jit(lambda: running.logits(problem))())
+    found = np.asarray(running.logits(problem, jit=True))
     log_p, log_q = (np.asarray(jax.nn.log_softmax(jnp.asarray(z))) for z in (expected, found))
     divergence = np.sum(np.exp(log_p) * (log_p - log_q), -1)
     assert divergence.mean() < 2e-3
@@ -78,8 +77,7 @@ def test_gradients_of_all_weights_op_by_op(name: str, tmp_path: Path) -> None:
     model = hf_oracle.load_model(problem, tmp_path)
     keep = comparable(problem, model)
     expected = hf_oracle.run(model, problem.tokens, keep)
-    with jax.disable_jit():
-        loss, grads = running.loss_and_gradients(problem, keep)
+    loss, grads = running.loss_and_gradients(problem, keep)
     assert float(loss) == pytest.approx(expected["loss"].item(), rel=2e-6)
     bound = 1e-4 if name == "llama-float" else 1e-5
     running.assert_gradients(to_hf_names(grads, problem.config), gradients_of(expected), bound)
@@ -89,7 +87,7 @@ def test_gradients_of_all_weights_under_one_jit(tmp_path: Path) -> None:
     problem = make_problem("bitnet-silu-online", LIVE)
     keep = np.ones(problem.tokens.shape, bool)
     expected = hf_oracle.run(hf_oracle.load_model(problem, tmp_path), problem.tokens, keep)
-    loss, grads = jax.jit(lambda: running.loss_and_gradients(problem, keep, remat="linears"))()
+    loss, grads = running.loss_and_gradients(problem, keep, remat="linears", jit=True)
     assert float(loss) == pytest.approx(expected["loss"].item(), rel=1e-3)
     running.assert_gradients(to_hf_names(grads, problem.config), gradients_of(expected), 2e-2)
 
@@ -141,10 +139,9 @@ def test_lora_equals_peft(name: str, tmp_path: Path) -> None:
     model = hf_oracle.wrap_with_peft(model, problem)
     keep = comparable(problem, model, adapted=True)
     expected = hf_oracle.run(model, problem.tokens, keep)
-    with jax.disable_jit():
-        found = np.asarray(running.logits(problem, adapted=True))
-        plain = np.asarray(running.logits(problem))
-        loss, grads = running.loss_and_gradients(problem, keep, adapted=True)
+    found = np.asarray(running.logits(problem, adapted=True))
+    plain = np.asarray(running.logits(problem))
+    loss, grads = running.loss_and_gradients(problem, keep, adapted=True)
     size = np.abs(expected["logits"]).max()
     np.testing.assert_allclose(found[keep], expected["logits"][keep], rtol=0, atol=1e-6 * size)
     assert np.abs(found - plain).max() > 1
