@@ -11,7 +11,7 @@ ActQuant = Literal["per_token", "block256", "none"]
 
 EPSILON = 1e-5
 BLOCK = 256
-SMALLEST = 1e-36
+SMALLEST = 1e-35
 
 
 def absmax_quantize(
@@ -42,7 +42,8 @@ def block256_fake_quantize(x: jax.Array) -> jax.Array:
     In each block the scale comes from the element of largest magnitude with its sign:
     ``i = -127/m``, ``codes = min(127, rint(i·x))``, value ``codes / i`` (``quantize_row_q8_K`` of
     ggml; with the sign the largest element maps to -127 exactly). A block of zeros stays zero, and
-    so becomes one whose ``127/m`` float32 can't hold. The last block may be short.
+    so becomes one below 1e-35, where float32 can't hold both ``127/m`` and its reciprocal. The last
+    block may be short.
     """
     k = x.shape[-1]
     pad = -k % BLOCK

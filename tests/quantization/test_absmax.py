@@ -145,7 +145,7 @@ def ggml_q8_k(row: np.ndarray) -> np.ndarray:
         for value in block:
             if abs(value) > amax:
                 amax, signed = abs(value), value
-        if amax < 1e-36:
+        if amax < 1e-35:
             continue
         inverse = np.float32(-127) / signed
         codes = np.minimum(127, np.rint(inverse * block))
@@ -194,14 +194,14 @@ def test_block256_equals_a_transcription_of_ggml_for_any_rows(x: np.ndarray) -> 
         np.testing.assert_allclose(values, ggml_q8_k(source), rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("magnitude", [1e-38, 3e-37, 1e-36])
+@pytest.mark.parametrize("magnitude", [1e-38, 3e-37, 2e-36])
 def test_block256_of_almost_nothing_stays_finite(magnitude: float) -> None:
     """127 / 1e-38 overflows; such blocks (dead channels make them) must not become NaN."""
     row = np.zeros((1, 256), np.float32)
     row[0, 7] = magnitude
     values = np.asarray(block256_fake_quantize(jnp.asarray(row)))
     assert np.all(np.isfinite(values))
-    np.testing.assert_allclose(values, row, atol=1e-36)
+    np.testing.assert_allclose(values, row, atol=1e-35)
 
 
 def test_block256_of_leading_axes() -> None:
