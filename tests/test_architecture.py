@@ -28,14 +28,14 @@ RANKS = {
     "fabric_jax.data": 4,
     "fabric_jax.checkpoints": 4,
     "fabric_jax.measurement": 4,
-    "fabric_jax.training": 5,
     "fabric_jax.generation": 5,
-    "fabric_jax.evaluation": 5,
-    "fabric_jax.model": 6,
-    "fabric_jax.quickstart": 6,
-    "experiments": 6,
-    "fabric_jax": 7,
-    "fabric_jax.cli": 7,
+    "fabric_jax.evaluation": 6,
+    "fabric_jax.training": 7,
+    "fabric_jax.model": 8,
+    "fabric_jax.quickstart": 8,
+    "experiments": 8,
+    "fabric_jax": 9,
+    "fabric_jax.cli": 9,
 }
 ORACLES = {"torch", "transformers", "peft", "accelerate"}
 LAZY = {

@@ -10,10 +10,9 @@ from fabric_jax.data.batch import Batch
 from fabric_jax.data.tokenize_rows import LabelledRow
 from fabric_jax.data.tokenizer import Tokenizer
 from fabric_jax.evaluation.accuracy import AnswerBy, TaskAccuracy, make_accuracy_task
-from fabric_jax.evaluation.perplexity import Perplexity, evaluate_perplexities
+from fabric_jax.evaluation.perplexity import Perplexity, evaluate_perplexities, make_eval_step
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
-from fabric_jax.training.step import make_eval_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fabric_jax.data.batch import Batch
 from fabric_jax.errors import FabricError
+from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
 
 EvalStep = Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]
-"""``(base, adapter, batch[B, T]) -> (sum of losses in nats, number of trainable tokens)``, as made
-by ``training.step.make_eval_step``."""
+"""``(base, adapter, batch[B, T]) -> (sum of losses in nats, number of trainable tokens)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,19 @@ class Perplexity:
         """``exp(loss)``; infinite where that overflows."""
         with np.errstate(over="ignore"):
             return float(np.exp(np.float64(self.loss)))
+
+
+def make_eval_step(definition: DecoderDefinition) -> EvalStep:
+    """The compiled step of an evaluation."""
+
+    @jax.jit
+    def step(base: Tree, adapter: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        decoder = definition.bind(base, adapter)
+        hidden = decoder(batch.tokens, batch.positions, batch.segment_ids)
+        loss = decoder.loss(hidden, batch.targets, batch.loss_mask)
+        return loss, jnp.sum(batch.loss_mask)
+
+    return step
 
 
 def evaluate_perplexity(

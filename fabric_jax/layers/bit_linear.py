@@ -61,7 +61,7 @@ class BitLinear(nnx.Module):
                 # The absmean of Gaussian weights with the usual standard deviation.
                 scale = Constant(INIT_STD * math.sqrt(2 / math.pi))
                 self.weight = declare_base(
-                    (n, packed_width(k)), jnp.uint8, RandomTernary(), stack=stack
+                    (n, packed_width(k)), jnp.uint8, RandomTernary(k), stack=stack
                 )
                 self.scale = declare_base((), jnp.float32, scale, stack=stack)
             case "master":

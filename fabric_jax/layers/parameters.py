@@ -69,9 +69,13 @@ class Uniform:
 class RandomTernary:
     """Packed random codes, each of -1, 0, 1 equally likely, with no wider copy on the way.
 
-    A byte of four codes takes one of 81 values, so bytes are drawn from a table of those. Pad codes
-    at the end of a row are random too; no product ever reads them.
+    A byte of four codes takes one of 81 values, so bytes are drawn from a table of those.
+
+    Attributes:
+        k: codes in a row; the fields after them hold code 0.
     """
+
+    k: int
 
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         """An array of ``shape`` and ``dtype``, which must be uint8."""
@@ -79,7 +83,13 @@ class RandomTernary:
         table = (fields << np.array([[0], [2], [4], [6]])).sum(0).astype(np.uint8)
         # 16 bits a draw: the excess of the first values is under 0.2 %.
         draws = jax.random.bits(key, shape, jnp.uint16) % jnp.uint16(81)
-        return jnp.asarray(table)[draws].astype(dtype)
+        packed = jnp.asarray(table)[draws].astype(dtype)
+        used = self.k % 4
+        if used == 0:
+            return packed
+        keep, zeros = (1 << 2 * used) - 1, 0b01010101 & ~((1 << 2 * used) - 1)
+        last = packed[..., -1] & jnp.asarray(keep, dtype) | jnp.asarray(zeros, dtype)
+        return packed.at[..., -1].set(last)
 
 
 def declare_base(

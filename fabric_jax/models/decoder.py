@@ -1,7 +1,7 @@
 """The decoder: one module for every model, its layers stacked and scanned."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
-from fabric_jax.errors import FabricError
+from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.layers.attention import Attention, attend
 from fabric_jax.layers.bit_linear import INIT_STD, LINEAR_OUTPUT, BaseMode, LinearOptions
 from fabric_jax.layers.cross_entropy import tiled_cross_entropy
@@ -231,6 +231,8 @@ class DecoderDefinition:
 
 def define_decoder(config: ModelConfig, options: DecoderOptions) -> DecoderDefinition:
     """The definition of a decoder; no array is made."""
+    if options.mode not in get_args(BaseMode):
+        raise unknown_name("mode of the weights", options.mode, get_args(BaseMode))
     if options.mode != "float" and not config.ternary:
         raise FabricError(
             f"{config.name} is not a ternary model",

@@ -17,7 +17,7 @@ from fabric_jax.checkpoints.train_state import TrainCheckpoints
 from fabric_jax.data.batch import Batch
 from fabric_jax.data.load import Data
 from fabric_jax.errors import FabricError
-from fabric_jax.evaluation.perplexity import evaluate_perplexity
+from fabric_jax.evaluation.perplexity import evaluate_perplexity, make_eval_step
 from fabric_jax.measurement.categories import compiled_memory
 from fabric_jax.measurement.memory import peak_memory_bytes, release_free_memory
 from fabric_jax.models.decoder import DecoderDefinition
@@ -32,7 +32,6 @@ from fabric_jax.training.step import (
     Trains,
     TrainState,
     init_state,
-    make_eval_step,
     make_train_step,
 )
 from fabric_jax.training.totals import Totals

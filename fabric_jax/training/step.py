@@ -127,21 +127,6 @@ def make_train_step(
     return step
 
 
-def make_eval_step(
-    definition: DecoderDefinition,
-) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
-    """Compiled ``(base, adapter, batch[B, T]) -> (sum of losses, trainable tokens)``."""
-
-    @jax.jit
-    def step(base: Tree, adapter: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        decoder = definition.bind(base, adapter)
-        hidden = decoder(batch.tokens, batch.positions, batch.segment_ids)
-        loss = decoder.loss(hidden, batch.targets, batch.loss_mask)
-        return loss, jnp.sum(batch.loss_mask)
-
-    return step
-
-
 def _sum_micro_batches(
     gradient: Callable[[Batch, jax.Array], tuple[jax.Array, Tree]], batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Tree]:

@@ -10,11 +10,10 @@ import pytest
 
 from fabric_jax.data.batch import Batch
 from fabric_jax.errors import FabricError
-from fabric_jax.evaluation.perplexity import Perplexity, evaluate_perplexity
+from fabric_jax.evaluation.perplexity import Perplexity, evaluate_perplexity, make_eval_step
 from fabric_jax.models.decoder import DecoderOptions, define_decoder
 from fabric_jax.models.initialize import initialize_base
 from fabric_jax.models.registry import get_config
-from fabric_jax.training.step import make_eval_step
 
 CONFIG = dataclasses.replace(
     get_config("bitnet-tiny"), num_layers=2, hidden_size=32, ffn_size=48, num_heads=2,

@@ -4,21 +4,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fabric_kernels import unpack_ternary2
+from fabric_kernels import pack_ternary2, unpack_ternary2
 
 from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, Uniform
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_random_ternary_bytes_never_hold_field_3(seed: int) -> None:
-    packed = np.asarray(RandomTernary()(jax.random.key(seed), (64, 333), jnp.uint8))
+    packed = np.asarray(RandomTernary(1332)(jax.random.key(seed), (64, 333), jnp.uint8))
     fields = (packed[..., None] >> np.array([0, 2, 4, 6])) & 3
     assert packed.dtype == np.uint8
     assert fields.max() == 2
 
 
+@pytest.mark.parametrize("k", [5, 6, 7, 8])
+def test_random_ternary_rows_end_as_packed_ones_do(k: int) -> None:
+    packed = RandomTernary(k)(jax.random.key(0), (32, 2), jnp.uint8)
+    np.testing.assert_array_equal(packed, pack_ternary2(unpack_ternary2(packed, k)))
+
+
 def test_random_ternary_codes_are_equally_likely_and_independent() -> None:
-    packed = RandomTernary()(jax.random.key(0), (256, 1024), jnp.uint8)
+    packed = RandomTernary(4096)(jax.random.key(0), (256, 1024), jnp.uint8)
     codes = np.asarray(unpack_ternary2(packed, 4096)).astype(np.int64)
     count = codes.size
     for code in (-1, 0, 1):

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from fabric_jax.data.batch import Batch
+from fabric_jax.evaluation.perplexity import make_eval_step
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.decoder import DecoderDefinition, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_adapter, initialize_base
 from fabric_jax.training.config import OptimizerConfig
 from fabric_jax.training.optimizer import make_optimizer
-from fabric_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from fabric_jax.training.step import TrainState, init_state, make_train_step
 
 pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.xdist_group("training")]
 
