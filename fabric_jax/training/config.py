@@ -109,7 +109,7 @@ class RunConfig:
     resume: Literal["auto", "never"] = "never"
     dtype: Literal["float32", "bfloat16"] = "float32"
     act_quant: ActQuant | None = None
-    remat: Remat = "none"
+    remat: Remat = "linears"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -189,4 +189,3 @@ def test_fine_tuning_teaches_the_answers(tmp_path: Path, seed: int):
         assert summary[f"{by}_before"] <= 0.45
         assert summary[f"{by}_after"] >= 0.90
     assert summary["bytes_packed"] < summary["bytes_f16"] / 3
-    assert summary["seconds"] < 300
