@@ -14,7 +14,8 @@ class ModelsOptions:
 
     Attributes:
         json: print JSON instead of a table.
-        dtype: in which embedding, head and norms are counted.
+        dtype: in which weights that are not packed are counted: embedding, head, norms and, of
+            models that are not ternary, the linears.
     """
 
     json: bool = False
@@ -92,6 +93,7 @@ def _print(rows: list[dict[str, Any]], dtype: str) -> None:
     print_table("models", columns, table)
     console().print(
         "L layers, D model width, F feed-forward width; heads: query/key-value. Linears: "
-        "bytes of packed weights and scales,\nand what that makes for each weight in bits. "
-        f"Embed: the embedding, with the head where it is a matrix of its own, in {dtype}."
+        "bytes of packed weights and scales,\nand what that makes for each weight in bits; the "
+        "models in 32 or 16 bits are not ternary.\nEmbed: the embedding, with the head where it "
+        f"is a matrix of its own. What is not packed is in {dtype}."
     )

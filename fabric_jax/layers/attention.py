@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from fabric_jax.layers.bit_linear import BitLinear, LinearOptions
+from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
 from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.rope import rotate
 
@@ -16,9 +16,11 @@ def attend(
     k: Float[Array, "B S K hd"],
     v: Float[Array, "B S K hd"],
     mask: Bool[Array, "B T S"],
+    scale: float | None = None,
 ) -> Float[Array, "B T H hd"]:
-    """``softmax(q·k^T / sqrt(hd))·v`` where ``mask`` is true; the softmax in float32.
+    """``softmax(scale · q·k^T)·v`` where ``mask`` is true; the softmax in float32.
 
+    Without a scale it is ``1 / sqrt(hd)``.
     Query heads share key/value heads in order: head h reads h // (H / K). A query that sees nothing
     (padding) gets the mean of all values, which nothing reads.
     """
@@ -28,7 +30,7 @@ def attend(
     scores = jnp.einsum(
         "btkgd,bskd->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32
     )
-    scores = scores * (q.shape[-1] ** -0.5)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=precision)
@@ -36,7 +38,7 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """Projections, rotary positions, attention, sub-norm, output projection."""
+    """Projections, norms of heads, rotary positions, attention, sub-norm, output projection."""
 
     def __init__(
         self,
@@ -46,37 +48,46 @@ class Attention(nnx.Module):
         num_kv_heads: int,
         head_dim: int,
         sub_norm_eps: float | None,
+        qk_norm_eps: float | None = None,
+        norm_offset: float = 0.0,
         options: LinearOptions,
     ) -> None:
-        """Declares the projections, and the sub-norm unless its epsilon is None."""
+        """Declares the projections, and those norms whose epsilon is not None."""
         query, key = num_heads * head_dim, num_kv_heads * head_dim
         self.q = BitLinear("q", query, hidden_size, options)
         self.k = BitLinear("k", key, hidden_size, options)
         self.v = BitLinear("v", key, hidden_size, options)
         self.o = BitLinear("o", hidden_size, query, options)
-        self.sub_norm = (
-            None
-            if sub_norm_eps is None
-            else RMSNorm(query, eps=sub_norm_eps, dtype=options.dtype, stack=options.stack)
-        )
+
+        def norm(size: int, eps: float | None) -> RMSNorm | None:
+            if eps is None:
+                return None
+            dtype, stack = options.dtype, options.stack
+            return RMSNorm(size, eps=eps, dtype=dtype, stack=stack, offset=norm_offset)
+
+        self.q_norm = norm(head_dim, qk_norm_eps)
+        self.k_norm = norm(head_dim, qk_norm_eps)
+        self.sub_norm = norm(query, sub_norm_eps)
         self.head_dim = head_dim
 
     def project(
         self,
         x: Float[Array, "B T D"],
         angles: tuple[jax.Array, jax.Array],
-        dropout_key: jax.Array | None,
+        context: LayerContext | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values [B, T, heads, hd], queries and keys turned."""
+        """Queries, keys and values [B, T, heads, hd], queries and keys normalised and turned."""
         q, k, v = (
-            linear(x, dropout_key).reshape(*x.shape[:2], -1, self.head_dim)
-            for linear in (self.q, self.k, self.v)
+            y.reshape(*x.shape[:2], -1, self.head_dim)
+            for y in apply_together([self.q, self.k, self.v], x, context)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, angles), rotate(k, angles), v
 
-    def close(self, heads: Float[Array, "B T H hd"], dropout_key: jax.Array | None) -> jax.Array:
+    def close(self, heads: Float[Array, "B T H hd"], context: LayerContext | None) -> jax.Array:
         """Joins the heads to [B, T, D]."""
         x = heads.reshape(*heads.shape[:2], -1)
         if self.sub_norm is not None:
             x = self.sub_norm(x)
-        return self.o(x, dropout_key)
+        return self.o(x, context)

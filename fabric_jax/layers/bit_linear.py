@@ -2,13 +2,14 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels import packed_width
-from fabric_kernels.ternary_matmul import Implementation
+from fabric_kernels import LowRank, TernaryWeight, low_rank_product, packed_width
+from fabric_kernels.ternary_matmul import GradientBits, Implementation
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -17,7 +18,7 @@ from fabric_jax.layers.dot import linear
 from fabric_jax.layers.lora import Lora, LoraConfig
 from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, declare_base
 from fabric_jax.quantization.absmax import ActQuant
-from fabric_jax.quantization.packed_linear import packed_linear
+from fabric_jax.quantization.packed_linear import packed_linears
 from fabric_jax.quantization.straight_through import fake_quantize_activation, quantize_weight
 
 BaseMode = Literal["packed", "master", "float"]
@@ -40,6 +41,7 @@ class LinearOptions:
         implementation: which ``ternary_matmul`` runs; ``None`` picks.
         lora: adapters.
         stack: (L,) where L layers are stacked, () for one.
+        gradient_bits: of the backward product through packed weights on CPU.
     """
 
     mode: BaseMode
@@ -48,6 +50,21 @@ class LinearOptions:
     implementation: Implementation | None
     lora: LoraConfig
     stack: tuple[int, ...]
+    gradient_bits: GradientBits = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerContext:
+    """What a layer of a stack knows besides its parameters.
+
+    Attributes:
+        index: int32 []. Packed weights are then whole stacks [L, ...], of which this layer is read
+            where it lies; every other parameter is the layer's own. None: so are the packed ones.
+        dropout_key: of this layer; None for no dropout.
+    """
+
+    index: jax.Array | None = None
+    dropout_key: jax.Array | None = None
 
 
 class BitLinear(nnx.Module):
@@ -68,33 +85,66 @@ class BitLinear(nnx.Module):
                 self.weight = declare_base((n, k), jnp.float32, Normal(INIT_STD), stack=stack)
             case "float":
                 self.weight = declare_base((n, k), options.dtype, Normal(INIT_STD), stack=stack)
-        self.lora = Lora(n, k, options.lora, stack=stack) if options.lora.covers(name) else None
-        self.mode: BaseMode = options.mode
-        self.act_quant: ActQuant = options.act_quant
-        self.implementation: Implementation | None = options.implementation
+        covered = options.lora.covers(name)
+        self.lora = Lora(n, k, options.lora.of(name), stack=stack) if covered else None
+        self.k = k
+        self.options = options
         self.stream = zlib.crc32(name.encode())
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: LayerContext | None = None) -> jax.Array:
         """[..., K] to [..., N] in the dtype of ``x``."""
-        y = self._base(x)
-        if self.lora is not None:
-            if dropout_key is not None:
-                dropout_key = jax.random.fold_in(dropout_key, self.stream)
-            y = y + self.lora(x, dropout_key)
+        return apply_together([self], x, context)[0]
+
+    def packed(self, context: LayerContext | None) -> TernaryWeight:
+        """The frozen weight; only in the mode ``packed``."""
+        index = None if context is None else context.index
+        return TernaryWeight(self.weight[...], self.scale[...], index, self.k)
+
+    def unpacked(self, x: jax.Array) -> jax.Array:
+        """The base's share of the output; only in the other modes."""
+        if self.options.mode == "float":
+            return linear(x, self.weight[...])
+        values = fake_quantize_activation(x, self.options.act_quant)
+        return linear(values, quantize_weight(self.weight[...]))
+
+    def product(self, context: LayerContext | None) -> LowRank | None:
+        """The adapter as arrays; None where there is none or it drops channels of its input."""
+        if self.lora is None or (self.lora.dropout > 0 and _key(context) is not None):
+            return None
+        return self.lora.product
+
+    def finish(self, x: jax.Array, y: jax.Array, context: LayerContext | None) -> jax.Array:
+        """``y`` plus the share of an adapter that is not in it yet."""
+        if self.lora is not None and self.product(context) is None:
+            key = _key(context)
+            assert key is not None
+            y = y + self.lora(x, jax.random.fold_in(key, self.stream))
         return checkpoint_name(y, LINEAR_OUTPUT)
 
-    def _base(self, x: jax.Array) -> jax.Array:
-        match self.mode:
-            case "packed":
-                return packed_linear(
-                    x,
-                    self.weight[...],
-                    self.scale[...],
-                    act_quant=self.act_quant,
-                    implementation=self.implementation,
-                )
-            case "master":
-                values = fake_quantize_activation(x, self.act_quant)
-                return linear(values, quantize_weight(self.weight[...]))
-            case "float":
-                return linear(x, self.weight[...])
+
+def apply_together(
+    linears: Sequence[BitLinear], x: jax.Array, context: LayerContext | None = None
+) -> list[jax.Array]:
+    """The outputs of linears that share their input: it is quantised once."""
+    options = linears[0].options
+    products = [one.product(context) for one in linears]
+    if options.mode == "packed":
+        outputs = packed_linears(
+            x,
+            [one.packed(context) for one in linears],
+            products,
+            act_quant=options.act_quant,
+            implementation=options.implementation,
+            gradient_bits=options.gradient_bits,
+        )
+    else:
+        bases = [one.unpacked(x) for one in linears]
+        outputs = [
+            y if adapter is None else y + low_rank_product(x, adapter)
+            for y, adapter in zip(bases, products, strict=True)
+        ]
+    return [one.finish(x, y, context) for one, y in zip(linears, outputs, strict=True)]
+
+
+def _key(context: LayerContext | None) -> jax.Array | None:
+    return None if context is None else context.dropout_key

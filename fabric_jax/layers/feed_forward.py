@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fabric_jax.layers.bit_linear import BitLinear, LinearOptions
+from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
 from fabric_jax.layers.norm import RMSNorm
 
 Activation = Literal["silu", "relu2", "gelu"]
@@ -36,6 +36,7 @@ class FeedForward(nnx.Module):
         ffn_size: int,
         activation: Activation,
         sub_norm_eps: float | None,
+        norm_offset: float = 0.0,
         options: LinearOptions,
     ) -> None:
         """Declares the three linears, and the sub-norm unless its epsilon is None."""
@@ -45,14 +46,20 @@ class FeedForward(nnx.Module):
         self.sub_norm = (
             None
             if sub_norm_eps is None
-            else RMSNorm(ffn_size, eps=sub_norm_eps, dtype=options.dtype, stack=options.stack)
+            else RMSNorm(
+                ffn_size,
+                eps=sub_norm_eps,
+                dtype=options.dtype,
+                stack=options.stack,
+                offset=norm_offset,
+            )
         )
         self.activation: Activation = activation
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: LayerContext | None = None) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
-        gate = ACTIVATIONS[self.activation](self.gate(x, dropout_key))
-        product = gate * self.up(x, dropout_key)
+        gate, up = apply_together([self.gate, self.up], x, context)
+        product = ACTIVATIONS[self.activation](gate) * up
         if self.sub_norm is not None:
             product = self.sub_norm(product)
-        return self.down(product, dropout_key)
+        return self.down(product, context)

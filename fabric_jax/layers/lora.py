@@ -1,15 +1,15 @@
 """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+from fabric_kernels import LowRank, low_rank_product
 from flax import nnx
 
 from fabric_jax.errors import FabricError, unknown_name
-from fabric_jax.layers.dot import linear, linear_transposed
 from fabric_jax.layers.parameters import Constant, Uniform, declare_adapter
 
 TARGET_GROUPS: dict[str, tuple[str, ...]] = {
@@ -17,6 +17,8 @@ TARGET_GROUPS: dict[str, tuple[str, ...]] = {
     "mlp": ("gate", "up", "down"),
     "all": ("q", "k", "v", "o", "gate", "up", "down"),
 }
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class LoraConfig:
         rank: R; 0 means no adapter.
         alpha: the adapter's output is scaled by alpha / rank.
         targets: ``attention``, ``mlp``, ``all``, or names among q k v o gate up down.
+        ranks: targets with a rank of their own, as (name, rank); q=16 on the command line.
+        alphas: targets with an alpha of their own, as (name, alpha); q=32 on the command line.
         dropout: probability of dropping an input channel of the adapter in training.
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
         adapter_dtype: of the adapter's weights.
@@ -35,6 +39,8 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("all",)
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
     dropout: float = 0.0
     rslora: bool = False
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -50,28 +56,74 @@ class LoraConfig:
         if self.rank and not self.targets:
             raise FabricError("LoRA has no targets", expected="attention, mlp, all, or names")
         _ = self.linears
+        # In one form, so that equal settings are equal objects.
+        object.__setattr__(self, "ranks", self._own("rank", self.ranks, self.rank))
+        object.__setattr__(self, "alphas", self._own("alpha", self.alphas, self.alpha))
+        for name, rank in self.ranks:
+            if rank < 1:
+                raise FabricError(
+                    f"LoRA rank of {name} out of range",
+                    expected="1 or more",
+                    found=str(rank),
+                    fix="Leave it out of the targets to give it no adapter",
+                )
+        for name, alpha in (("the adapter", self.alpha), *self.alphas):
+            if not math.isfinite(alpha):
+                raise FabricError(f"LoRA alpha out of range: {name} has {alpha}")
 
     @property
     def linears(self) -> frozenset[str]:
         """Names of the targeted linears, groups resolved."""
-        names: set[str] = set()
-        for target in self.targets:
-            if target in TARGET_GROUPS:
-                names.update(TARGET_GROUPS[target])
-            elif target in TARGET_GROUPS["all"]:
-                names.add(target)
-            else:
-                raise unknown_name("LoRA target", target, (*TARGET_GROUPS, *TARGET_GROUPS["all"]))
-        return frozenset(names)
+        return frozenset(name for target in self.targets for name in _members(target))
 
     @property
     def scale(self) -> float:
-        """The factor on B(A(x))."""
+        """The factor on B(A(x)) of targets without a rank or alpha of their own."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def covers(self, name: str) -> bool:
         """Whether the linear ``name`` gets an adapter."""
         return self.rank > 0 and name in self.linears
+
+    def of(self, name: str) -> "LoraConfig":
+        """The settings of the linear ``name``: its own rank and alpha are the common ones there."""
+        return replace(
+            self,
+            rank=dict(self.ranks).get(name, self.rank),
+            alpha=dict(self.alphas).get(name, self.alpha),
+            ranks=(),
+            alphas=(),
+        )
+
+    def _own(
+        self, kind: str, pairs: tuple[tuple[str, Number], ...], common: Number
+    ) -> tuple[tuple[str, Number], ...]:
+        """The pairs that differ from ``common``, groups resolved, in the order of linears."""
+        values: dict[str, Number] = {}
+        for target, value in pairs:
+            for name in _members(target):
+                if name in values:
+                    raise FabricError(f"LoRA gives {name} more than one {kind} of its own")
+                if name not in self.linears:
+                    raise FabricError(
+                        f"LoRA gives {name} {kind} {value}, but {name} is no target",
+                        expected=f"names among {', '.join(self.targets)}",
+                    )
+                values[name] = value
+        return tuple(
+            (name, values[name])
+            for name in TARGET_GROUPS["all"]
+            if values.get(name, common) != common
+        )
+
+
+def _members(target: str) -> tuple[str, ...]:
+    """The linears that a target stands for: itself, or those of a group."""
+    if target in TARGET_GROUPS:
+        return TARGET_GROUPS[target]
+    if target not in TARGET_GROUPS["all"]:
+        raise unknown_name("LoRA target", target, (*TARGET_GROUPS, *TARGET_GROUPS["all"]))
+    return (target,)
 
 
 class Lora(nnx.Module):
@@ -104,30 +156,9 @@ class Lora(nnx.Module):
         if dropout_key is not None and self.dropout > 0:
             keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
-        narrow = linear(x, self.a[...]) * jnp.asarray(self.scale, x.dtype)
-        return _widen(narrow, self.b[...])
+        return low_rank_product(x, self.product)
 
-
-@jax.custom_vjp
-def _widen(narrow: jax.Array, b: jax.Array) -> jax.Array:
-    """``narrow[..., R] · b[R, N]``.
-
-    Its own gradient rule only fixes the order of a product: ``db = narrow^T · g`` transposes the
-    narrow operand, where the built-in rule has XLA transpose ``g`` [..., N] in every layer, which
-    on CPU costs more than the product.
-    """
-    return linear_transposed(narrow, b)
-
-
-def _widen_fwd(narrow: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return linear_transposed(narrow, b), (narrow, b)
-
-
-def _widen_bwd(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    narrow, b = residuals
-    rows, columns = narrow.reshape(-1, narrow.shape[-1]), g.reshape(-1, g.shape[-1])
-    db = linear_transposed(rows.T, columns)
-    return linear(g, b), db.astype(b.dtype)
-
-
-_widen.defvjp(_widen_fwd, _widen_bwd)
+    @property
+    def product(self) -> LowRank:
+        """The adapter as arrays; without its dropout."""
+        return LowRank(self.a[...], self.b[...], self.scale)

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467), Llama's form."""
+"""Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,31 @@ from fabric_jax.layers.parameters import Constant, declare_base
 
 
 class RMSNorm(nnx.Module):
-    """``x · rsqrt(mean(x²) + eps)`` in float32, cast back, then times the gain."""
+    """``x · rsqrt(mean(x²) + eps)`` in float32, times the gain.
+
+    Without an offset the gain comes after the cast back to the dtype of ``x``, as in Llama; with
+    one, ``offset + gain`` comes before it, in float32, as in Gemma.
+    """
 
     def __init__(
-        self, size: int, *, eps: float, dtype: DTypeLike, stack: tuple[int, ...] = ()
+        self,
+        size: int,
+        *,
+        eps: float,
+        dtype: DTypeLike,
+        stack: tuple[int, ...] = (),
+        offset: float = 0.0,
     ) -> None:
         """Declares the gain, [size] in each layer of ``stack``."""
-        self.gain = declare_base((size,), dtype, Constant(1.0), stack=stack)
+        self.gain = declare_base((size,), dtype, Constant(1.0 - offset), stack=stack)
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of ``x`` [..., size]."""
         wide = x.astype(jnp.float32)
         normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        gain = self.gain[...].astype(x.dtype)
-        return normal.astype(x.dtype) * jnp.expand_dims(gain, range(x.ndim - 1))
+        gain = jnp.expand_dims(self.gain[...], range(x.ndim - 1))
+        if self.offset:
+            return (normal * (self.offset + gain.astype(jnp.float32))).astype(x.dtype)
+        return normal.astype(x.dtype) * gain.astype(x.dtype)

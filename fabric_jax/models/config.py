@@ -1,11 +1,13 @@
 """What distinguishes one decoder from another, as one dataclass."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.layers.feed_forward import Activation
+from fabric_jax.layers.rope import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,19 @@ class ModelConfig:
             that closes each (BitNet's own models).
         tied_head: the head is the embedding.
         ternary: the linears follow BitNet's arithmetic; else they are plain.
+        qk_norm: an RMSNorm over each head of queries and keys, before the rotary positions.
+        post_norms: an RMSNorm on the output of attention and on that of the feed-forward, before
+            either is added to the residual stream (Gemma 3).
+        norm_offset: 0: norms multiply by their gain in the dtype of activations (Llama). 1: they
+            multiply by 1 + gain in float32 and cast then (Gemma).
+        embedding_scale: embeddings are multiplied by sqrt(D), rounded to their dtype (Gemma).
+        attention_scale: factor on the products of queries and keys; None: ``head_dim ** -0.5``.
+        sliding_window: tokens that a token of a local layer sees, itself included; None where there
+            are no local layers.
+        global_every: of this many layers the last is global, those before it are local. 1: every
+            layer is global.
+        local_rope_theta: ``rope_theta`` of local layers; None: the same.
+        rope_scaling: how the frequencies of global layers were lowered; None: they were not.
     """
 
     name: str
@@ -46,17 +61,20 @@ class ModelConfig:
     sub_norms: bool = True
     tied_head: bool = True
     ternary: bool = True
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    embedding_scale: bool = False
+    attention_scale: float | None = None
+    sliding_window: int | None = None
+    global_every: int = 1
+    local_rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         """Refuses dimensions that no decoder can have."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise FabricError(
-                    f"model {self.name!r}: {field.name} is out of range",
-                    expected="a positive number",
-                    found=str(value),
-                )
+            self._check(field.name, get_args(field.type) or (field.type,))
         if self.num_heads % self.num_kv_heads:
             raise FabricError(
                 f"model {self.name!r}: {self.num_heads} query heads can't share "
@@ -70,7 +88,47 @@ class ModelConfig:
                 found=str(self.head_dim),
             )
         if self.activation not in get_args(Activation):
-            raise unknown_name("activation", self.activation, get_args(Activation))
+            raise unknown_name("activation", str(self.activation), get_args(Activation))
+        if (self.sliding_window is None) != (self.global_every == 1):
+            raise FabricError(
+                f"model {self.name!r}: a sliding window is for local layers",
+                expected="both sliding_window and a global_every above 1, or neither",
+                found=f"{self.sliding_window} and {self.global_every}",
+            )
+        if self.local_rope_theta is not None and self.global_every == 1:
+            raise FabricError(f"model {self.name!r} has a local_rope_theta but no local layers")
+
+    def _check(self, name: str, kinds: tuple[Any, ...]) -> None:
+        """Refuses a value of the wrong kind or out of range."""
+        value = getattr(self, name)
+        if value is None and type(None) in kinds:
+            return
+        if int in kinds:
+            good = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            expected = "a positive whole number"
+        elif name == "norm_offset":
+            good, expected = value in (0, 1), "0 or 1"
+        elif float in kinds:
+            good = isinstance(value, int | float) and 0 < value < math.inf and value is not True
+            expected = "a positive number"
+        elif bool in kinds:
+            good, expected = isinstance(value, bool), "true or false"
+        elif str in kinds:
+            good, expected = isinstance(value, str), "text"
+        elif RopeScaling in kinds:
+            good, expected = isinstance(value, RopeScaling), "a RopeScaling"
+        else:
+            return
+        if not good:
+            raise FabricError(
+                f"model {self.name!r}: {name} is out of range",
+                expected=expected,
+                found=repr(value),
+            )
+
+    def is_global(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, sees all tokens before."""
+        return (layer + 1) % self.global_every == 0
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -102,6 +160,10 @@ class ModelConfig:
         layer = 2 * self.hidden_size
         if self.sub_norms:
             layer += self.num_heads * self.head_dim + self.ffn_size
+        if self.qk_norm:
+            layer += 2 * self.head_dim
+        if self.post_norms:
+            layer += 2 * self.hidden_size
         return self.num_layers * layer + self.hidden_size
 
     @property
@@ -124,4 +186,23 @@ class ModelConfig:
         missing = [name for name in required if name not in values]
         if missing:
             raise FabricError(f"model configuration lacks {', '.join(missing)}")
+        scaling = values.get("rope_scaling")
+        if isinstance(scaling, dict):
+            values = values | {"rope_scaling": _rope_scaling(cast(dict[str, Any], scaling))}
+        elif not isinstance(scaling, RopeScaling | None):
+            raise FabricError(
+                "rope_scaling of a model configuration is no object", found=repr(scaling)
+            )
         return cls(**values)
+
+
+def _rope_scaling(values: dict[str, Any]) -> RopeScaling:
+    """The inverse of ``dataclasses.asdict``."""
+    known = [field.name for field in dataclasses.fields(RopeScaling)]
+    for key in values:
+        if key not in known:
+            raise unknown_name("key of rope_scaling", key, known)
+    missing = [key for key in ("kind", "factor") if key not in values]
+    if missing:
+        raise FabricError(f"rope_scaling lacks {', '.join(missing)}")
+    return RopeScaling(**values)

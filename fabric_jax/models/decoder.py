@@ -1,19 +1,27 @@
 """The decoder: one module for every model, its layers stacked and scanned."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels.ternary_matmul import Implementation
+from fabric_kernels.ternary_matmul import NARROW_PRODUCT, GradientBits, Implementation
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.layers.attention import Attention, attend
-from fabric_jax.layers.bit_linear import INIT_STD, LINEAR_OUTPUT, BaseMode, LinearOptions
+from fabric_jax.layers.bit_linear import (
+    INIT_STD,
+    LINEAR_OUTPUT,
+    BaseMode,
+    LayerContext,
+    LinearOptions,
+)
 from fabric_jax.layers.cross_entropy import tiled_cross_entropy
 from fabric_jax.layers.dot import linear
 from fabric_jax.layers.feed_forward import FeedForward
@@ -21,8 +29,8 @@ from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.parameters import AdapterParam, BaseParam, Normal, declare_base
-from fabric_jax.layers.rope import rotary_angles
 from fabric_jax.models.config import ModelConfig
+from fabric_jax.models.views import Views, cache_views, row_views
 from fabric_jax.quantization.absmax import ActQuant
 
 Remat = Literal["none", "linears", "layer"]
@@ -41,6 +49,8 @@ class DecoderOptions:
         implementation: which ``ternary_matmul`` runs; ``None`` picks the best for the device.
         remat: what the backward pass recomputes.
         lora: adapters; rank 0 for none.
+        gradient_bits: width of gradients in the backward product through packed weights on CPU: 16
+            (fixed point, about twice as fast) or 24 (as exact as float32).
     """
 
     mode: BaseMode = "packed"
@@ -49,48 +59,74 @@ class DecoderOptions:
     implementation: Implementation | None = None
     remat: Remat = "none"
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))
+    gradient_bits: GradientBits = 16
 
 
 class Block(nnx.Module):
-    """One layer: ``h += attention(norm(h))``, then ``h += mlp(norm(h))``."""
+    """One layer: ``h += attention(norm(h))``, then ``h += mlp(norm(h))``.
+
+    With post-norms what is added is normalised once more.
+    """
 
     def __init__(self, config: ModelConfig, options: LinearOptions) -> None:
         """Declares the parameters, stacked as ``options.stack`` says."""
-        eps, stack = config.norm_eps, options.stack
-        sub_norm_eps = eps if config.sub_norms else None
-        self.attention_norm = RMSNorm(config.hidden_size, eps=eps, dtype=options.dtype, stack=stack)
+        sub_norm_eps = config.norm_eps if config.sub_norms else None
+        norm = partial(_norm, config, options.dtype, options.stack)
+        self.attention_norm = norm()
         self.attention = Attention(
             hidden_size=config.hidden_size,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             sub_norm_eps=sub_norm_eps,
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
+            norm_offset=config.norm_offset,
             options=options,
         )
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=eps, dtype=options.dtype, stack=stack)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_norm = norm()
         self.mlp = FeedForward(
             hidden_size=config.hidden_size,
             ffn_size=config.ffn_size,
             activation=config.activation,
             sub_norm_eps=sub_norm_eps,
+            norm_offset=config.norm_offset,
             options=options,
         )
+        self.mlp_post_norm = norm() if config.post_norms else None
 
     def project(
-        self, h: jax.Array, angles: tuple[jax.Array, jax.Array], dropout_key: jax.Array | None
+        self, h: jax.Array, angles: tuple[jax.Array, jax.Array], context: LayerContext | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of the residual stream ``h`` [B, T, D]."""
-        return self.attention.project(self.attention_norm(h), angles, dropout_key)
+        return self.attention.project(self.attention_norm(h), angles, context)
 
     def combine(
         self,
         h: jax.Array,
         attended: Float[Array, "B T H hd"],
-        dropout_key: jax.Array | None,
+        context: LayerContext | None,
     ) -> jax.Array:
         """The residual stream after attention and feed-forward."""
-        h = h + self.attention.close(attended, dropout_key)
-        return h + self.mlp(self.mlp_norm(h), dropout_key)
+        change = self.attention.close(attended, context)
+        if self.attention_post_norm is not None:
+            change = self.attention_post_norm(change)
+        h = h + change
+        change = self.mlp(self.mlp_norm(h), context)
+        if self.mlp_post_norm is not None:
+            change = self.mlp_post_norm(change)
+        return h + change
+
+
+def _norm(config: ModelConfig, dtype: DTypeLike, stack: tuple[int, ...]) -> RMSNorm:
+    """A norm of the residual stream."""
+    return RMSNorm(
+        config.hidden_size,
+        eps=config.norm_eps,
+        dtype=dtype,
+        stack=stack,
+        offset=config.norm_offset,
+    )
 
 
 class Decoder(nnx.Module):
@@ -108,11 +144,12 @@ class Decoder(nnx.Module):
             implementation=options.implementation,
             lora=options.lora,
             stack=(config.num_layers,),
+            gradient_bits=options.gradient_bits,
         )
         table = (config.vocab_size, config.hidden_size)
         self.embedding = declare_base(table, options.dtype, Normal(INIT_STD))
         self.layers = Block(config, stacked)
-        self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=options.dtype)
+        self.final_norm = _norm(config, options.dtype, ())
         self.head = (
             None if config.tied_head else declare_base(table, options.dtype, Normal(INIT_STD))
         )
@@ -127,18 +164,15 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states; a token sees the tokens before it in its own segment."""
-        causal = jnp.tri(tokens.shape[1], dtype=jnp.bool_)
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        mask = causal[None] & same
-        return self._run(tokens, positions, mask, None, dropout_key)[0]
+        views = row_views(self.config, positions, segment_ids)
+        return self._run(tokens, positions, views, None, dropout_key)[0]
 
     def extend(
         self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Final hidden states of tokens that continue what ``cache`` holds, and the new cache."""
-        slots = jnp.arange(cache.capacity, dtype=jnp.int32)
-        mask = slots[None, None, :] <= positions[:, :, None]
-        hidden, cache_or_none = self._run(tokens, positions, mask, cache, None)
+        views = cache_views(self.config, positions, cache.capacity)
+        hidden, cache_or_none = self._run(tokens, positions, views, cache, None)
         assert cache_or_none is not None
         return hidden, cache_or_none
 
@@ -167,43 +201,76 @@ class Decoder(nnx.Module):
         """The matrix of the head: its own, or the embedding."""
         return self.embedding[...] if self.head is None else self.head[...]
 
+    def embed(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The residual stream that enters the first layer."""
+        h = self.embedding[...][tokens]
+        if self.config.embedding_scale:
+            h = h * jnp.asarray(math.sqrt(self.config.hidden_size), h.dtype)
+        return h
+
     def _run(
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        mask: Bool[Array, "B T S"],
+        views: Views,
         cache: KVCache | None,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         graphdef, *states = nnx.split(self.layers, AdapterParam, BaseParam)
-        trees = tuple(nnx.to_pure_dict(state) for state in states)
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        adapter, base = (nnx.to_pure_dict(state) for state in states)
+        packed, base = _split_packed(base)
+        scale = self.config.attention_scale
 
         def body(
             carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, tuple[Any, ...]]
         ) -> tuple[tuple[jax.Array, KVCache | None], None]:
             h, cache = carry
             index, trees = layer
-            block: Block = nnx.merge(graphdef, *trees)
+            adapter, base = trees
+            block: Block = nnx.merge(graphdef, adapter, _join(packed, base))
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            q, k, v = block.project(h, angles, key)
+            context = LayerContext(index=index, dropout_key=key)
+            view = views.at(index)
+            q, k, v = block.project(h, view.angles, context)
             if cache is not None:
                 cache = cache.write(index, positions, k, v)
                 k, v = cache.read(index, h.dtype)
-            return (block.combine(h, attend(q, k, v, mask), key), cache), None
+            return (block.combine(h, attend(q, k, v, view.mask, scale), context), cache), None
 
         match self.remat:
             case "none":
                 pass
             case "linears":
-                keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)
+                keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT, NARROW_PRODUCT)
                 body = jax.checkpoint(body, prevent_cse=False, policy=keep)
             case "layer":
                 body = jax.checkpoint(body, prevent_cse=False)
-        h = self.embedding[...][tokens]
+        h = self.embed(tokens)
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (h, cache), _ = lax.scan(body, (h, cache), (indices, trees))
+        (h, cache), _ = lax.scan(body, (h, cache), (indices, (adapter, base)))
         return self.final_norm(h), cache
+
+
+def _split_packed(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The stacks of packed linears, which stay whole in the scan, and all other parameters."""
+    packed: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name, child in tree.items():
+        if not isinstance(child, dict):
+            rest[name] = child
+        elif getattr(child.get("weight"), "dtype", None) == jnp.uint8:
+            packed[name] = child
+        else:
+            packed[name], rest[name] = _split_packed(cast(dict[str, Any], child))
+    return packed, rest
+
+
+def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The union of two trees that share no leaf."""
+    joined = dict(first)
+    for name, child in second.items():
+        joined[name] = _join(joined[name], child) if name in joined else child
+    return joined
 
 
 @dataclass(frozen=True, kw_only=True)

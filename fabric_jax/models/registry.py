@@ -1,11 +1,12 @@
 """Names of models and their configurations."""
 
 from fabric_jax.errors import unknown_name
-from fabric_jax.models import bitnet, llama
+from fabric_jax.models import bitnet, gemma3, llama, qwen3
 from fabric_jax.models.config import ModelConfig
 
 REGISTRY: dict[str, ModelConfig] = {
-    config.name: config for config in (*bitnet.CONFIGS, *llama.CONFIGS)
+    config.name: config
+    for config in (*bitnet.CONFIGS, *llama.CONFIGS, *qwen3.CONFIGS, *gemma3.CONFIGS)
 }
 
 

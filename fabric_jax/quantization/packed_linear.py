@@ -1,15 +1,20 @@
-"""The linear map of a frozen packed matrix, with the gradient that flows through it."""
+"""The linear maps of frozen packed matrices, with the gradient that flows through them."""
 
-from functools import partial
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from fabric_kernels import ternary_matmul, ternary_matmul_transposed
-from fabric_kernels.ternary_matmul import Implementation
+from fabric_kernels import (
+    LowRank,
+    TernaryWeight,
+    low_rank_product,
+    ternary_linear,
+    ternary_matmul,
+)
+from fabric_kernels.ternary_matmul import GradientBits, Implementation
 from jaxtyping import Array, Float, Float32, UInt8
 
-from fabric_jax.quantization.absmax import ActQuant, absmax_quantize
+from fabric_jax.quantization.absmax import ActQuant
 from fabric_jax.quantization.straight_through import fake_quantize_activation
 
 
@@ -20,46 +25,48 @@ def packed_linear(
     *,
     act_quant: ActQuant = "per_token",
     implementation: Implementation | None = None,
+    gradient_bits: GradientBits = 16,
 ) -> Float[Array, "*batch n"]:
-    """``scale · (q(x) · codes^T)``, in the dtype of ``x``.
+    """``scale · (q(x) · codes^T)`` for one matrix; see :func:`packed_linears`."""
+    weight = TernaryWeight(packed, scale, None, x.shape[-1])
+    return packed_linears(
+        x,
+        [weight],
+        act_quant=act_quant,
+        implementation=implementation,
+        gradient_bits=gradient_bits,
+    )[0]
 
-    Per token the product is exact: int8 codes times ternary codes accumulate in int32, and one
-    float32 multiplication by both scales follows. Backward: ``dx = scale · (g · codes)``, the
-    quantiser counting as identity; the packed matrix and its scale get no gradient.
+
+def packed_linears(
+    x: Float[Array, "*batch k"],
+    weights: Sequence[TernaryWeight],
+    adapters: Sequence[LowRank | None] | None = None,
+    *,
+    act_quant: ActQuant = "per_token",
+    implementation: Implementation | None = None,
+    gradient_bits: GradientBits = 16,
+) -> tuple[Float[Array, "*batch n"], ...]:
+    """``scale · (q(x) · codes^T)`` for matrices that share an input, in the dtype of ``x``.
+
+    An adapter's product, of the un-quantised ``x``, is added where there is one.
+
+    Per token the products are exact: int8 codes times ternary codes accumulate in int32, and one
+    float32 multiplication by both scales follows. Backward: ``dx = sum scale · (g · codes)``, the
+    quantiser counting as identity; the packed matrices and their scales get no gradient.
     """
     if act_quant == "per_token":
-        return _int8_linear(implementation, x, packed, scale)
+        return ternary_linear(
+            x, weights, adapters, implementation=implementation, gradient_bits=gradient_bits
+        )
     values = fake_quantize_activation(x, act_quant)
-    product = ternary_matmul(values, packed, implementation=implementation)
-    return (product.astype(jnp.float32) * jax.lax.stop_gradient(scale)).astype(x.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _int8_linear(
-    implementation: Implementation | None, x: jax.Array, packed: jax.Array, scale: jax.Array
-) -> jax.Array:
-    codes, act_scale = absmax_quantize(x)
-    product = ternary_matmul(codes, packed, implementation=implementation)
-    return (product.astype(jnp.float32) / act_scale * scale).astype(x.dtype)
-
-
-def _int8_linear_fwd(
-    implementation: Implementation | None, x: jax.Array, packed: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    # Of x only its width is needed again, which an empty array carries.
-    residuals = (packed, scale, jnp.zeros((0, x.shape[-1]), x.dtype))
-    return _int8_linear(implementation, x, packed, scale), residuals
-
-
-def _int8_linear_bwd(
-    implementation: Implementation | None,
-    residuals: tuple[jax.Array, jax.Array, jax.Array],
-    g: jax.Array,
-) -> tuple[jax.Array, np.ndarray, jax.Array]:
-    packed, scale, like = residuals
-    scaled = (g.astype(jnp.float32) * scale).astype(g.dtype)
-    dx = ternary_matmul_transposed(scaled, packed, like.shape[-1], implementation=implementation)
-    return dx, np.zeros(packed.shape, jax.dtypes.float0), jnp.zeros_like(scale)
-
-
-_int8_linear.defvjp(_int8_linear_fwd, _int8_linear_bwd)
+    outputs: list[jax.Array] = []
+    for weight, adapter in zip(weights, adapters or [None] * len(weights), strict=True):
+        one = weight.single()
+        product = ternary_matmul(
+            values, one.packed, packing=one.packing, implementation=implementation
+        )
+        scaled = product.astype(jnp.float32) * jax.lax.stop_gradient(one.scale)
+        y = scaled.astype(x.dtype)
+        outputs.append(y if adapter is None else y + low_rank_product(x, adapter))
+    return tuple(outputs)

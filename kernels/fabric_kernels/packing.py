@@ -1,7 +1,8 @@
 """Byte layouts of packed ternary weights.
 
 A *code* is -1, 0 or +1. A matrix of codes has shape [N, K]: N outputs, K inputs (the contracted
-axis). The one layout here is
+axis). Both layouts keep K on the last axis, so that both operands of the matmul are contracted on
+their last axis (the fast form of integer dots) and rows can be sharded freely.
 
 ``ternary2`` (2 bits a weight)::
 
@@ -12,34 +13,74 @@ axis). The one layout here is
 
 A field stores code + 1, so 0, 1, 2 stand for -1, 0, +1 and 3 never occurs. The tail of a row whose
 K is not divisible by 4 is filled with code 0. Least significant bits first makes the layout equal
-to a bit-cast of the byte to ``uint2[4]``, and keeping K on the last axis lets both operands of the
-matmul be contracted on their last axis, which is the fast form of integer dots.
+to a bit-cast of the byte to ``uint2[4]``.
+
+``ternary1.6`` (8/5 bits a weight)::
+
+    packed uint8 [N, W], W = ceil(K / 5)
+
+    byte i of a row holds the codes of k = i, W + i, 2W + i, 3W + i, 4W + i
+
+as five digits t = code + 1 of a number in base 3, the first the most significant,
+``v = 81 t0 + 27 t1 + 9 t2 + 3 t3 + t4``, stored as the fraction ``ceil(256 v / 243)``. Digit j is
+then the carry of ``3 (b · 3^j mod 256)`` past 256: no division, and bytes are those of GGUF's
+TQ1_0. Each digit's codes are contiguous in k, so unpacking needs no interleaving. Codes past K are
+0.
 """
+
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int8, UInt8
 
+Packing = Literal["ternary2", "ternary1.6"]
+
 CODES_PER_BYTE = 4
+"""Of ``ternary2``."""
+DIGITS_PER_BYTE = 5
+"""Of ``ternary1.6``."""
 
 
-def packed_width(k: int) -> int:
+def packed_width(k: int, packing: Packing = "ternary2") -> int:
     """Bytes in a row of ``k`` codes."""
-    return -(-k // CODES_PER_BYTE)
+    return -(-k // _codes_per_byte(packing))
 
 
-def bits_per_weight(n: int, k: int, scale_bits: int = 32) -> float:
+def bits_per_weight(n: int, k: int, scale_bits: int = 32, packing: Packing = "ternary2") -> float:
     """Stored bits a weight of an [n, k] matrix, its one scale and every pad bit counted."""
-    return (8 * n * packed_width(k) + scale_bits) / (n * k)
+    return (8 * n * packed_width(k, packing) + scale_bits) / (n * k)
 
 
-def pack_ternary2(codes: Int8[Array, "*stack n k"]) -> UInt8[Array, "*stack n k/4"]:
-    """Packs codes in {-1, 0, 1}, four a byte along the last axis.
+def pack(codes: Int8[Array, "*stack n k"], packing: Packing) -> UInt8[Array, "*stack n w"]:
+    """Packs codes in {-1, 0, 1} along the last axis.
 
     Codes outside that range are a caller's error and are not looked for: under ``jit`` values can't
     be tested. Readers of files validate before they call this.
     """
+    _codes_per_byte(packing)
+    return pack_ternary2(codes) if packing == "ternary2" else _pack_ternary1_6(codes)
+
+
+def unpack(
+    packed: UInt8[Array, "*stack n w"], k: int, packing: Packing, dtype: DTypeLike = jnp.int8
+) -> jax.Array:
+    """Unpacks to codes of ``dtype``, shape [*stack, n, k]."""
+    if packed.shape[-1] != packed_width(k, packing):
+        raise ValueError(
+            f"rows of {k} codes packed as {packing} have {packed_width(k, packing)} bytes, "
+            f"found {packed.shape[-1]}"
+        )
+    if packing == "ternary2":
+        return unpack_ternary2(packed, k, dtype)
+    digits = [(_leading_fraction(packed, j) * 3) >> 8 for j in range(DIGITS_PER_BYTE)]
+    codes = jnp.concatenate([digit.astype(dtype) for digit in digits], axis=-1)
+    return (codes - jnp.asarray(1, dtype))[..., :k]
+
+
+def pack_ternary2(codes: Int8[Array, "*stack n k"]) -> UInt8[Array, "*stack n k/4"]:
+    """Packs codes in {-1, 0, 1}, four a byte along the last axis."""
     k = codes.shape[-1]
     pad = packed_width(k) * CODES_PER_BYTE - k
     fields = (codes.astype(jnp.int8) + 1).astype(jnp.uint8)
@@ -60,6 +101,29 @@ def unpack_ternary2(
     fields = (packed[..., None] >> _shifts(packed.ndim + 1)) & jnp.uint8(3)
     fields = fields.reshape(*packed.shape[:-1], -1)
     return (fields.astype(dtype) - jnp.asarray(1, dtype))[..., :k]
+
+
+def _pack_ternary1_6(codes: jax.Array) -> jax.Array:
+    width = packed_width(codes.shape[-1], "ternary1.6")
+    pad = width * DIGITS_PER_BYTE - codes.shape[-1]
+    digits = codes.astype(jnp.uint16) + jnp.uint16(1)  # -1 wraps around to 0
+    digits = jnp.pad(digits, [(0, 0)] * (codes.ndim - 1) + [(0, pad)], constant_values=1)
+    digits = digits.reshape(*codes.shape[:-1], DIGITS_PER_BYTE, width)
+    value = digits[..., 0, :]
+    for j in range(1, DIGITS_PER_BYTE):
+        value = 3 * value + digits[..., j, :]
+    return ((256 * value + jnp.uint16(242)) // jnp.uint16(243)).astype(jnp.uint8)
+
+
+def _leading_fraction(packed: jax.Array, j: int) -> jax.Array:
+    """``b · 3^j mod 256`` as uint16, whose carry past 256 when tripled is digit j."""
+    return (packed * jnp.uint8(3**j)).astype(jnp.uint16)
+
+
+def _codes_per_byte(packing: Packing) -> int:
+    if packing not in get_args(Packing):
+        raise ValueError(f"packings are {', '.join(get_args(Packing))}; found {packing!r}")
+    return CODES_PER_BYTE if packing == "ternary2" else DIGITS_PER_BYTE
 
 
 def _shifts(ndim: int) -> jax.Array:

@@ -19,17 +19,22 @@ def test_json_has_every_model_with_its_dimensions(fabric):
     assert two["bytes_linears"] == linears // 4 + 30 * 7 * 4
     assert two["bytes_embedding_and_head"] == 4 * 128256 * 2560
     assert two["bytes_f16"] == 2 * two["parameters"]
-    for row in listed.values():
-        assert 2 < row["bits_per_linear_weight"] < 2.001
+    for name, row in listed.items():
+        if REGISTRY[name].ternary:
+            assert 2 < row["bits_per_linear_weight"] < 2.001
+        else:
+            assert row["bits_per_linear_weight"] == 32
 
 
 def test_embedding_is_counted_in_the_dtype_asked_for(fabric):
-    wide, narrow = (
-        json.loads(fabric("models", "--json", "--dtype", dtype).out)[0]
+    listed = [
+        json.loads(fabric("models", "--json", "--dtype", dtype).out)
         for dtype in ("float32", "bfloat16")
-    )
-    assert wide["bytes_embedding_and_head"] == 2 * narrow["bytes_embedding_and_head"]
-    assert wide["bytes_linears"] == narrow["bytes_linears"]
+    ]
+    for wide, narrow in zip(*listed, strict=True):
+        assert wide["bytes_embedding_and_head"] == 2 * narrow["bytes_embedding_and_head"]
+        packed = REGISTRY[wide["name"]].ternary
+        assert wide["bytes_linears"] == (1 if packed else 2) * narrow["bytes_linears"]
 
 
 def test_table_has_a_line_for_every_model(fabric):

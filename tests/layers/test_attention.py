@@ -9,7 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fabric_jax.layers.attention import attend
+from fabric_jax.layers.attention import Attention, attend
+from fabric_jax.layers.bit_linear import LinearOptions
+from fabric_jax.layers.lora import LoraConfig
+from fabric_jax.layers.rope import rotary_angles
+from tests.layers.binding import bind
 
 B, T, H, K, HD = 2, 7, 6, 2, 8
 
@@ -23,14 +27,16 @@ def causal_mask() -> np.ndarray:
     return np.broadcast_to(np.tri(T, dtype=bool), (B, T, T)).copy()
 
 
-def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def exact_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float = HD**-0.5
+) -> np.ndarray:
     """One query and one head at a time, in float64."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     out = np.zeros_like(q)
     for b, t, h in np.ndindex(q.shape[:3]):
         shared = h // (q.shape[2] // k.shape[2])
         seen = np.flatnonzero(mask[b, t])
-        scores = k[b, seen, shared] @ q[b, t, h] / np.sqrt(q.shape[-1])
+        scores = k[b, seen, shared] @ q[b, t, h] * scale
         weights = np.exp(scores - scores.max())
         out[b, t, h] = weights @ v[b, seen, shared] / weights.sum()
     return out
@@ -44,6 +50,54 @@ def test_equals_float64(kv_heads: int) -> None:
     mask[1, 1, 0] = True
     found = attend(q, k, v, jnp.asarray(mask))
     np.testing.assert_allclose(found, exact_attention(q, k, v, mask), rtol=0, atol=2e-6)
+
+
+def test_scores_take_a_scale_of_their_own() -> None:
+    q, k, v, mask = heads(0, H), heads(1, K), heads(2, K), causal_mask()
+    found = attend(q, k, v, jnp.asarray(mask), 0.7)
+    np.testing.assert_allclose(found, exact_attention(q, k, v, mask, 0.7), rtol=0, atol=2e-6)
+
+
+def test_queries_and_keys_are_normalised_before_they_turn() -> None:
+    """Against float64; values are left as they are."""
+    options = LinearOptions(
+        mode="float",
+        dtype="float32",
+        act_quant="none",
+        implementation=None,
+        lora=LoraConfig(rank=0),
+        stack=(),
+    )
+    module = Attention(
+        hidden_size=16,
+        num_heads=H,
+        num_kv_heads=K,
+        head_dim=HD,
+        sub_norm_eps=None,
+        qk_norm_eps=1e-6,
+        norm_offset=1.0,
+        options=options,
+    )
+    random = np.random.default_rng(3)
+    rows = {"q": H * HD, "k": K * HD, "v": K * HD}
+    weights = {name: random.normal(size=(n, 16)).astype(np.float32) for name, n in rows.items()}
+    gains = {name: random.normal(size=HD).astype(np.float32) for name in ("q_norm", "k_norm")}
+    tree = {name: {"weight": jnp.asarray(w)} for name, w in weights.items()}
+    tree |= {name: {"gain": jnp.asarray(g)} for name, g in gains.items()}
+    tree |= {"o": {"weight": jnp.zeros((16, H * HD), jnp.float32)}}
+    x = random.normal(size=(B, T, 16)).astype(np.float32)
+    angles = rotary_angles(jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T)), HD, 1e4)
+    found = bind(module, tree).project(jnp.asarray(x), angles, None)
+    for name, array in zip("qkv", found, strict=True):
+        exact = x.astype(np.float64) @ weights[name].astype(np.float64).T
+        exact = exact.reshape(B, T, -1, HD)
+        if name != "v":
+            exact = exact / np.sqrt(np.mean(exact**2, -1, keepdims=True) + 1e-6)
+            exact = exact * (1 + gains[f"{name}_norm"])
+            turns = np.asarray(angles[0], np.float64) + 1j * np.asarray(angles[1], np.float64)
+            pairs = (exact[..., : HD // 2] + 1j * exact[..., HD // 2 :]) * turns[:, :, None]
+            exact = np.concatenate([pairs.real, pairs.imag], -1)
+        np.testing.assert_allclose(array, exact, rtol=0, atol=2e-5)
 
 
 def test_bfloat16_keeps_its_dtype_with_a_float32_softmax() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fabric_jax.errors import FabricError
-from fabric_jax.layers.bit_linear import BaseMode, BitLinear, LinearOptions
+from fabric_jax.layers.bit_linear import BaseMode, BitLinear, LayerContext, LinearOptions
 from fabric_jax.layers.lora import Lora, LoraConfig
 from tests.layers.binding import bind
 
@@ -127,7 +127,8 @@ def test_linears_of_one_key_drop_different_channels() -> None:
         stack=(),
     )
     q, k = (bind(BitLinear(name, N, K, options), tree) for name in ("q", "k"))
-    assert not np.array_equal(q(x, key), k(x, key))
+    context = LayerContext(dropout_key=key)
+    assert not np.array_equal(q(x, context), k(x, context))
 
 
 def test_bfloat16_input_and_bfloat16_adapter() -> None:
@@ -166,6 +167,41 @@ def test_targets(targets: tuple[str, ...], linears: set[str]) -> None:
     ids=["unknown-target", "no-targets", "negative-rank", "dropout-1"],
 )
 def test_bad_settings(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(FabricError, match=message):
+        LoraConfig(**arguments)
+
+
+def test_targets_with_ranks_and_alphas_of_their_own() -> None:
+    config = LoraConfig(
+        rank=8, alpha=16, ranks=(("down", 4), ("attention", 32)), alphas=(("q", 64.0), ("up", 16.0))
+    )
+    same = (("q", 32), ("k", 32), ("v", 32), ("o", 32), ("down", 4))
+    assert config == LoraConfig(rank=8, alpha=16, ranks=same, alphas=(("q", 64.0),))
+    assert hash(config) == hash(LoraConfig(rank=8, ranks=same, alphas=(("q", 64.0),)))
+    found = {name: (config.of(name).rank, config.of(name).scale) for name in config.linears}
+    own = {"q": (32, 2.0), "k": (32, 0.5), "v": (32, 0.5), "o": (32, 0.5), "down": (4, 4.0)}
+    assert found == own | {"gate": (8, 2.0), "up": (8, 2.0)}
+    rooted = LoraConfig(rank=8, alpha=16, ranks=(("q", 16),), rslora=True)
+    assert rooted.of("q").scale == 4
+    tree = {**base_arrays("float"), "lora": arrays()}
+    layered = layer("float", LoraConfig(rank=9, alpha=9, ranks=(("q", R),)), tree)
+    assert layered.lora is not None
+    assert layered.lora.scale == 9 / R
+    assert layered.lora.a.shape == (R, K)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ranks": (("q", 4), ("attention", 2))}, "gives q more than one rank"),
+        ({"targets": ("mlp",), "ranks": (("q", 4),)}, "gives q rank 4, but q is no target"),
+        ({"ranks": (("qq", 4),)}, "unknown LoRA target 'qq'"),
+        ({"ranks": (("q", 0),)}, "LoRA rank of q out of range"),
+        ({"alphas": (("q", math.nan),)}, "alpha out of range: q has nan"),
+        ({"alpha": math.inf}, "alpha out of range: the adapter has inf"),
+    ],
+)
+def test_bad_settings_of_single_targets(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(FabricError, match=message):
         LoraConfig(**arguments)
 

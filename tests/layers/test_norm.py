@@ -1,4 +1,4 @@
-"""RMSNorm against float64 and against Llama's."""
+"""RMSNorm against float64, Llama's and Gemma's."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -12,8 +12,9 @@ from fabric_jax.layers.norm import RMSNorm
 from tests.layers.binding import bind
 
 
-def norm_of(gain: np.ndarray, eps: float) -> RMSNorm:
-    return bind(RMSNorm(gain.size, eps=eps, dtype="float32"), {"gain": jnp.asarray(gain)})
+def norm_of(gain: np.ndarray, eps: float, offset: float = 0.0) -> RMSNorm:
+    norm = RMSNorm(gain.size, eps=eps, dtype="float32", offset=offset)
+    return bind(norm, {"gain": jnp.asarray(gain)})
 
 
 def sample() -> tuple[np.ndarray, np.ndarray]:
@@ -23,27 +24,35 @@ def sample() -> tuple[np.ndarray, np.ndarray]:
     return x, random.standard_normal(48).astype(np.float32)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
-def test_equals_float64(eps: float) -> None:
+def test_equals_float64(eps: float, offset: float) -> None:
     x, gain = sample()
     wide = x.astype(np.float64)
-    exact = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + eps) * gain
-    np.testing.assert_allclose(norm_of(gain, eps)(jnp.asarray(x)), exact, rtol=1e-6, atol=1e-9)
+    exact = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + eps) * (offset + gain)
+    found = norm_of(gain, eps, offset)(jnp.asarray(x))
+    np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("offset", [0.0, 1.0], ids=["llama", "gemma"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_equals_llama_in_value_and_gradient(
-    dtype: str, oracle: Callable[..., list[ModuleType]]
+def test_equals_transformers_in_value_and_gradient(
+    dtype: str, offset: float, oracle: Callable[..., list[ModuleType]]
 ) -> None:
-    torch, llama = oracle("torch", "transformers.models.llama.modeling_llama")
+    torch, llama, gemma3 = oracle(
+        "torch",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.gemma3.modeling_gemma3",
+    )
     x, gain = sample()
-    module = llama.LlamaRMSNorm(48, eps=1e-5).to(getattr(torch, dtype))
+    make = gemma3.Gemma3RMSNorm if offset else llama.LlamaRMSNorm
+    module = make(48, eps=1e-5).to(getattr(torch, dtype))
     module.weight.data = torch.from_numpy(gain).to(getattr(torch, dtype))
     tx = torch.from_numpy(x).to(getattr(torch, dtype)).requires_grad_()
     expected = module(tx)
     expected.sum().backward()
-    ours = norm_of(gain, 1e-5)
+    ours = norm_of(np.asarray(jnp.asarray(gain, dtype), np.float32), 1e-5, offset)
     y, pull = jax.vjp(ours, jnp.asarray(x, dtype))
     relative = 1e-6 if dtype == "float32" else 2**-8
     np.testing.assert_allclose(
@@ -67,3 +76,15 @@ def test_the_gain_is_applied_in_the_dtype_of_the_input() -> None:
     assert found.dtype == jnp.bfloat16
     equal = np.mean(np.asarray(found, np.float32) == np.asarray(expected, np.float32))
     assert equal > 0.995
+
+
+def test_with_an_offset_the_gain_is_applied_in_float32() -> None:
+    """Gemma rounds once, after the gain."""
+    x, gain = sample()
+    half = jnp.asarray(x, jnp.bfloat16)
+    wide = np.asarray(half, np.float32)
+    normal = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True) + np.float32(1e-5))
+    expected = np.asarray(jnp.asarray(normal * (1 + gain), jnp.bfloat16), np.float32)
+    found = norm_of(gain, 1e-5, 1.0)(half)
+    assert found.dtype == jnp.bfloat16
+    assert np.mean(np.asarray(found, np.float32) == expected) > 0.995

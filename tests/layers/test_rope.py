@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fabric_jax.layers.rope import rotary_angles, rotate
+from fabric_jax.layers.rope import RopeScaling, rotary_angles, rotary_frequencies, rotate
 
 POSITIONS = np.array([[0, 1, 2, 7, 100, 4095], [5, 0, 0, 3, 2047, 32767]], np.int32)
 
@@ -25,6 +25,29 @@ def test_equals_a_rotation_in_the_complex_plane(head_dim: int, theta: float) -> 
     exact = np.concatenate([turned.real, turned.imag], -1)
     found = rotate(jnp.asarray(x), rotary_angles(jnp.asarray(POSITIONS), head_dim, theta))
     np.testing.assert_allclose(found, exact, rtol=0, atol=3e-6)
+
+
+def test_linear_scaling_makes_positions_denser() -> None:
+    scaling = RopeScaling(kind="linear", factor=8.0)
+    positions = jnp.asarray(POSITIONS // 8 * 8)
+    scaled = rotary_angles(positions, 256, 1e6, scaling)
+    plain = rotary_angles(positions // 8, 256, 1e6)
+    np.testing.assert_array_equal(scaled, plain)
+
+
+def test_llama3_scaling_by_the_number_of_turns() -> None:
+    """More than 4 turns in 8192 tokens: kept; less than 1: divided; between: in between."""
+    scaling = RopeScaling(
+        kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192
+    )
+    plain, scaled = rotary_frequencies(128, 5e5), rotary_frequencies(128, 5e5, scaling)
+    turns = 8192 * plain.astype(np.float64) / (2 * np.pi)
+    np.testing.assert_array_equal(scaled[turns > 4], plain[turns > 4])
+    np.testing.assert_array_equal(scaled[turns < 1], plain[turns < 1] / 8)
+    between = (turns > 1) & (turns < 4)
+    assert between.sum() >= 3
+    share = (scaled / plain)[between]
+    np.testing.assert_allclose(share, 1 / 8 + 7 / 8 * (turns[between] - 1) / 3, rtol=1e-6)
 
 
 def test_position_0_turns_nothing() -> None:

@@ -24,6 +24,16 @@ LINEARS = {
     ("mlp", "down"): "mlp.down_proj",
 }
 NORMS = {("attention_norm",): "input_layernorm", ("mlp_norm",): "post_attention_layernorm"}
+POST_NORMS = {
+    ("attention_norm",): "input_layernorm",
+    ("attention_post_norm",): "post_attention_layernorm",
+    ("mlp_norm",): "pre_feedforward_layernorm",
+    ("mlp_post_norm",): "post_feedforward_layernorm",
+}
+QK_NORMS = {
+    ("attention", "q_norm"): "self_attn.q_norm",
+    ("attention", "k_norm"): "self_attn.k_norm",
+}
 SUB_NORMS = {
     ("attention", "sub_norm"): "self_attn.attn_sub_norm",
     ("mlp", "sub_norm"): "mlp.ffn_sub_norm",
@@ -32,7 +42,11 @@ SUB_NORMS = {
 
 def layer_names(config: ModelConfig) -> dict[tuple[str, ...], str]:
     """Path in ``layers`` of every float tensor of a layer, and its Hugging Face name."""
-    norms = {**NORMS, **(SUB_NORMS if config.sub_norms else {})}
+    norms = {
+        **(POST_NORMS if config.post_norms else NORMS),
+        **(QK_NORMS if config.qk_norm else {}),
+        **(SUB_NORMS if config.sub_norms else {}),
+    }
     return {
         **{(*path, "gain"): f"{name}.weight" for path, name in norms.items()},
         **{(*path, "weight"): f"{name}.weight" for path, name in LINEARS.items()},

@@ -21,6 +21,8 @@ from tests.models.tiny_problems import ALPHA, RANK, Problem
 def define(problem: Problem, *, adapted: bool = False, **options: Any) -> DecoderDefinition:
     """Our decoder of a problem, with or without its adapter."""
     lora = LoraConfig(rank=RANK if adapted else 0, alpha=ALPHA)
+    # Gradients are compared to float32's accuracy.
+    options = {"gradient_bits": 24} | options
     return define_decoder(problem.config, DecoderOptions(mode=problem.mode, lora=lora, **options))
 
 

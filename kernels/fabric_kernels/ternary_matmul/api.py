@@ -1,32 +1,33 @@
 """Products with a packed ternary matrix: one signature, several implementations."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from fabric_kernels.packing import packed_width
-from fabric_kernels.ternary_matmul import xla
+from fabric_kernels import cpu_library
+from fabric_kernels.low_rank import LowRank, low_rank_product
+from fabric_kernels.packing import Packing
+from fabric_kernels.ternary_matmul import cpu, xla
+from fabric_kernels.ternary_matmul.weight import TernaryWeight, no_gradient
 
-Implementation = Literal["xla"]
-
-
-class _Functions(NamedTuple):
-    matmul: Callable[[jax.Array, jax.Array], jax.Array]
-    matmul_transposed: Callable[[jax.Array, jax.Array, int], jax.Array]
-
-
-_IMPLEMENTATIONS: dict[str, _Functions] = {"xla": _Functions(xla.matmul, xla.matmul_transposed)}
+Implementation = Literal["xla", "cpu"]
+GradientBits = Literal[16, 24]
+"""Bits of a gradient's fixed-point form in the CPU kernel; others compute in float and take no
+notice of it."""
+NARROW_PRODUCT = "narrow_product"
+"""The name under which rematerialisation policies know what adapters keep for the backward pass."""
 
 
 def select_implementation(implementation: Implementation | None = None) -> Implementation:
     """The implementation that a call with these arguments runs; ``None`` means the best one."""
     if implementation is None:
-        return "xla"
-    if implementation not in _IMPLEMENTATIONS:
+        on_cpu = jax.default_backend() == "cpu" and cpu_library.available()
+        return "cpu" if on_cpu else "xla"
+    if implementation not in get_args(Implementation):
         raise ValueError(
             f"ternary_matmul has the implementations {', '.join(get_args(Implementation))}; "
             f"found {implementation!r}"
@@ -35,13 +36,18 @@ def select_implementation(implementation: Implementation | None = None) -> Imple
 
 
 def ternary_matmul(
-    x: jax.Array, packed: jax.Array, *, implementation: Implementation | None = None
+    x: jax.Array,
+    packed: jax.Array,
+    *,
+    packing: Packing = "ternary2",
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Multiplies by the transpose of a packed ternary matrix.
 
     Args:
         x: [..., K], int8 codes or floats.
-        packed: uint8 [N, ceil(K / 4)] in the ``ternary2`` layout of ``fabric_kernels.packing``.
+        packed: uint8 [N, W] in a layout of ``fabric_kernels.packing``.
+        packing: which layout.
         implementation: which one to run; ``None`` picks. A named one runs or raises.
 
     Returns:
@@ -50,19 +56,24 @@ def ternary_matmul(
 
     Raises:
         TypeError: ``packed`` is not uint8, or ``x`` is neither int8 nor a float.
-        ValueError: the shapes do not fit, or the implementation is unknown.
+        ValueError: the shapes do not fit, or a name is unknown.
     """
-    functions = _IMPLEMENTATIONS[select_implementation(implementation)]
-    _check(packed, x.shape[-1])
+    chosen = select_implementation(implementation)
+    weight = _weight(packed, x.shape[-1], packing)
     if x.dtype == jnp.int8:
-        return functions.matmul(x, packed)
+        return xla.matmul(x, weight) if chosen == "xla" else cpu.matmul(x, weight)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"ternary_matmul takes int8 codes or floats, found {x.dtype}")
-    return _float_matmul(functions, x.shape[-1], x, packed)
+    return _float_matmul(chosen, x, weight)
 
 
 def ternary_matmul_transposed(
-    g: jax.Array, packed: jax.Array, k: int, *, implementation: Implementation | None = None
+    g: jax.Array,
+    packed: jax.Array,
+    k: int,
+    *,
+    packing: Packing = "ternary2",
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Multiplies by a packed ternary matrix: ``g[..., N] · codes[N, k]``, in the dtype of ``g``.
 
@@ -71,10 +82,10 @@ def ternary_matmul_transposed(
 
     Raises:
         TypeError: ``packed`` is not uint8, or ``g`` is not a float.
-        ValueError: the shapes do not fit, or the implementation is unknown.
+        ValueError: the shapes do not fit, or a name is unknown.
     """
-    functions = _IMPLEMENTATIONS[select_implementation(implementation)]
-    _check(packed, k)
+    chosen = select_implementation(implementation)
+    weight = _weight(packed, k, packing)
     if not jnp.issubdtype(g.dtype, jnp.floating):
         raise TypeError(f"ternary_matmul_transposed takes floats, found {g.dtype}")
     if g.shape[-1] != packed.shape[0]:
@@ -82,60 +93,174 @@ def ternary_matmul_transposed(
             f"the last axis of g must have the {packed.shape[0]} outputs of the matrix, "
             f"found {g.shape[-1]}"
         )
-    return _float_transposed(functions, k, g, packed)
+    return _float_transposed(chosen, g, weight)
 
 
-def _check(packed: jax.Array, k: int) -> None:
-    if packed.dtype != jnp.uint8:
-        raise TypeError(f"packed ternary weights are uint8, found {packed.dtype}")
-    if packed.ndim != 2 or packed.shape[1] != packed_width(k):
+def ternary_linear(
+    x: jax.Array,
+    weights: Sequence[TernaryWeight],
+    adapters: Sequence[LowRank | None] | None = None,
+    *,
+    implementation: Implementation | None = None,
+    gradient_bits: GradientBits = 16,
+) -> tuple[jax.Array, ...]:
+    """BitNet's linear map for matrices that share an input (q, k and v; gate and up; or one).
+
+    Args:
+        x: [..., K], floats; quantised per token to int8 by absmax, once for all matrices.
+        weights: up to four, with the same K, packing and layer.
+        adapters: a low-rank adapter for each weight, or None; it reads the un-quantised ``x``.
+        implementation: which one to run; ``None`` picks. A named one runs or raises.
+        gradient_bits: 16 halves the time of the backward product on CPU; 24 is as exact as float32.
+
+    Returns:
+        For each weight ``scale · (q(x) · codes^T)``, [..., N], in the dtype of ``x``: exact int32
+        sums, then one multiplication by both scales; and its adapter's product added. Backward
+        ``dx = sum scale · (g · codes)`` plus the adapters' share, the quantiser counting as
+        identity; weights and scales get no gradient.
+
+    Raises:
+        TypeError: a weight is not uint8.
+        ValueError: shapes, packings or the number of weights do not fit, or a name is unknown.
+    """
+    chosen = select_implementation(implementation)
+    if not 1 <= len(weights) <= cpu.MAX_GROUPS:
+        raise ValueError(f"expected one to {cpu.MAX_GROUPS} weights, found {len(weights)}")
+    for weight in weights:
+        weight.check()
+        if weight.k != x.shape[-1] or weight.packing != weights[0].packing:
+            raise ValueError(
+                f"weights of one call share K = {x.shape[-1]} and the packing "
+                f"{weights[0].packing}; found K = {weight.k} and {weight.packing}"
+            )
+    own = tuple(adapters) if adapters is not None else (None,) * len(weights)
+    for weight, adapter in zip(weights, own, strict=True):
+        if adapter is not None:
+            _check_adapter(weight, adapter)
+    if chosen == "cpu":
+        return _cpu_linear(gradient_bits, x, tuple(weights), own)
+    outputs = _xla_linear(x, tuple(weights))
+    return tuple(
+        y if adapter is None else y + low_rank_product(x, adapter)
+        for y, adapter in zip(outputs, own, strict=True)
+    )
+
+
+def _check_adapter(weight: TernaryWeight, adapter: LowRank) -> None:
+    rank = adapter.a.shape[0]
+    if adapter.a.shape != (rank, weight.k) or adapter.b.shape != (rank, weight.n):
         raise ValueError(
-            f"packed ternary weights for {k} inputs have shape [N, {packed_width(k)}], "
-            f"found {list(packed.shape)}"
+            f"an adapter of an [{weight.n}, {weight.k}] matrix has A [R, {weight.k}] and "
+            f"B [R, {weight.n}], found {list(adapter.a.shape)} and {list(adapter.b.shape)}"
         )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _float_matmul(functions: _Functions, k: int, x: jax.Array, packed: jax.Array) -> jax.Array:
-    del k
-    return functions.matmul(x, packed)
+def _weight(packed: jax.Array, k: int, packing: Packing) -> TernaryWeight:
+    weight = TernaryWeight(packed, jnp.ones((), jnp.float32), None, k, packing)
+    weight.check()
+    return weight
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float_matmul(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> jax.Array:
+    return xla.matmul(x, weight) if chosen == "xla" else cpu.matmul(x, weight)
 
 
 def _float_matmul_fwd(
-    functions: _Functions, k: int, x: jax.Array, packed: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return _float_matmul(functions, k, x, packed), packed
+    chosen: Implementation, x: jax.Array, weight: TernaryWeight
+) -> tuple[jax.Array, TernaryWeight]:
+    return _float_matmul(chosen, x, weight), weight
 
 
 def _float_matmul_bwd(
-    functions: _Functions, k: int, packed: jax.Array, g: jax.Array
-) -> tuple[jax.Array, np.ndarray]:
-    return _float_transposed(functions, k, g, packed), _no_gradient(packed)
+    chosen: Implementation, weight: TernaryWeight, g: jax.Array
+) -> tuple[jax.Array, TernaryWeight]:
+    return _float_transposed(chosen, g, weight), no_gradient(weight)
 
 
 _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _float_transposed(functions: _Functions, k: int, g: jax.Array, packed: jax.Array) -> jax.Array:
-    return functions.matmul_transposed(g, packed, k)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float_transposed(chosen: Implementation, g: jax.Array, weight: TernaryWeight) -> jax.Array:
+    if chosen == "xla":
+        return xla.matmul_transposed(g, weight)
+    return cpu.matmul_transposed(g, weight)
 
 
 def _float_transposed_fwd(
-    functions: _Functions, k: int, g: jax.Array, packed: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return _float_transposed(functions, k, g, packed), packed
+    chosen: Implementation, g: jax.Array, weight: TernaryWeight
+) -> tuple[jax.Array, TernaryWeight]:
+    return _float_transposed(chosen, g, weight), weight
 
 
 def _float_transposed_bwd(
-    functions: _Functions, k: int, packed: jax.Array, h: jax.Array
-) -> tuple[jax.Array, np.ndarray]:
-    return _float_matmul(functions, k, h, packed), _no_gradient(packed)
+    chosen: Implementation, weight: TernaryWeight, h: jax.Array
+) -> tuple[jax.Array, TernaryWeight]:
+    return _float_matmul(chosen, h, weight), no_gradient(weight)
 
 
 _float_transposed.defvjp(_float_transposed_fwd, _float_transposed_bwd)
 
+_Adapters = tuple[LowRank | None, ...]
+_Weights = tuple[TernaryWeight, ...]
 
-def _no_gradient(packed: jax.Array) -> np.ndarray:
-    """The cotangent of an integer argument."""
-    return np.zeros(packed.shape, jax.dtypes.float0)
+
+@jax.custom_vjp
+def _xla_linear(x: jax.Array, weights: _Weights) -> tuple[jax.Array, ...]:
+    return xla.linear(x, weights)
+
+
+def _xla_linear_fwd(x: jax.Array, weights: _Weights) -> tuple[tuple[jax.Array, ...], _Weights]:
+    return _xla_linear(x, weights), weights
+
+
+def _xla_linear_bwd(
+    weights: _Weights, gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, _Weights]:
+    dx = xla.linear_transposed(gradients, weights)
+    return dx, tuple(no_gradient(weight) for weight in weights)
+
+
+_xla_linear.defvjp(_xla_linear_fwd, _xla_linear_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cpu_linear(
+    bits: GradientBits, x: jax.Array, weights: _Weights, adapters: _Adapters
+) -> tuple[jax.Array, ...]:
+    del bits
+    return cpu.linear(x, weights, adapters)[0]
+
+
+_Residuals = tuple[jax.Array, _Weights, _Adapters, tuple[jax.Array, ...]]
+
+
+def _cpu_linear_fwd(
+    bits: GradientBits, x: jax.Array, weights: _Weights, adapters: _Adapters
+) -> tuple[tuple[jax.Array, ...], _Residuals]:
+    del bits
+    outputs, narrow = cpu.linear(x, weights, adapters)
+    # Kept under a name of their own, the narrow products spare a rematerialised backward pass the
+    # whole call: they are R floats a token.
+    narrow = tuple(checkpoint_name(u, NARROW_PRODUCT) for u in narrow)
+    if all(adapter is None for adapter in adapters):
+        x = x[..., :0]  # of no use in the backward pass, but for its dtype
+    return outputs, (x, weights, adapters, narrow)
+
+
+def _cpu_linear_bwd(
+    bits: GradientBits, residuals: _Residuals, gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, _Weights, _Adapters]:
+    x, weights, adapters, narrow = residuals
+    dx, pairs = cpu.linear_transposed(x, gradients, weights, adapters, narrow, bits=bits)
+    d_adapters = tuple(
+        adapter
+        if adapter is None
+        else LowRank(da.astype(adapter.a.dtype), db.astype(adapter.b.dtype), adapter.scale)
+        for adapter, (da, db) in zip(adapters, pairs, strict=True)
+    )
+    return dx, tuple(no_gradient(weight) for weight in weights), d_adapters
+
+
+_cpu_linear.defvjp(_cpu_linear_fwd, _cpu_linear_bwd)

@@ -5,11 +5,15 @@ how much is unpacked at once: one whole matrix as int8 (one byte a weight) for i
 tiles of rows as float for float products.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
+from fabric_kernels.absmax import absmax_quantize
+from fabric_kernels.packing import CODES_PER_BYTE, unpack
+from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 # A float copy of a matrix above this is made in tiles of about this size. It still lies in a cache,
 # and the tiles are large enough for the dot to run at the speed of an untiled one.
@@ -17,20 +21,31 @@ FLOAT_SCRATCH_BYTES = 4 << 20
 MIN_TILE_ROWS = 128
 
 
-def matmul(x: jax.Array, packed: jax.Array) -> jax.Array:
+def linear(x: jax.Array, weights: Sequence[TernaryWeight]) -> tuple[jax.Array, ...]:
+    """``scale · (q(x) · codes^T)`` for each weight, in the dtype of ``x``."""
+    codes, act_scale = absmax_quantize(x)
+    outputs: list[jax.Array] = []
+    for weight in weights:
+        one = weight.single()
+        product = matmul(codes, one).astype(jnp.float32)
+        outputs.append((product / act_scale * one.scale).astype(x.dtype))
+    return tuple(outputs)
+
+
+def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
     """``x[..., k] · codes[n, k]^T``: int32 for int8 ``x``, else in the dtype of ``x``."""
-    k = x.shape[-1]
+    packed, k, packing = weight.single().packed, weight.k, weight.packing
     if jnp.issubdtype(x.dtype, jnp.integer):
-        if x.size == k:
+        if x.size == k and packing == "ternary2":
             return _row_product(x, packed)
-        return _contract_last(x, unpack_ternary2(packed, k), jnp.int32)
+        return _contract_last(x, unpack(packed, k, packing), jnp.int32)
     tile = _tile_rows(packed.shape[0], k, x.dtype)
     if tile is None:
-        return _contract_last(x, unpack_ternary2(packed, k, x.dtype), x.dtype)
+        return _contract_last(x, unpack(packed, k, packing, x.dtype), x.dtype)
     tiles, tail = _row_tiles(packed, tile)
 
     def one(_: None, rows: jax.Array) -> tuple[None, jax.Array]:
-        return None, _contract_last(x, unpack_ternary2(rows, k, x.dtype), x.dtype)
+        return None, _contract_last(x, unpack(rows, k, packing, x.dtype), x.dtype)
 
     y = jnp.moveaxis(lax.scan(one, None, tiles)[1], 0, -2)
     y = y.reshape(*x.shape[:-1], -1)
@@ -39,19 +54,33 @@ def matmul(x: jax.Array, packed: jax.Array) -> jax.Array:
     return jnp.concatenate([y, one(None, tail)[1]], axis=-1)
 
 
-def matmul_transposed(g: jax.Array, packed: jax.Array, k: int) -> jax.Array:
-    """``g[..., n] · codes[n, k]`` in the dtype of ``g``."""
+def linear_transposed(
+    gradients: Sequence[jax.Array], weights: Sequence[TernaryWeight]
+) -> jax.Array:
+    """``sum_i scale_i · (g_i[..., n_i] · codes_i)`` in the dtype of the first."""
+    total: jax.Array | None = None
+    for g, weight in zip(gradients, weights, strict=True):
+        one = weight.single()
+        part = matmul_transposed((g.astype(jnp.float32) * one.scale).astype(g.dtype), one)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def matmul_transposed(g: jax.Array, weight: TernaryWeight) -> jax.Array:
+    """``g[..., n] · codes`` in the dtype of ``g``."""
+    packed, k, packing = weight.single().packed, weight.k, weight.packing
     n = packed.shape[0]
     tile = _tile_rows(n, k, g.dtype)
     if tile is None:
-        return _contract_rows(g, unpack_ternary2(packed, k, g.dtype)).astype(g.dtype)
+        return _contract_rows(g, unpack(packed, k, packing, g.dtype)).astype(g.dtype)
     tiles, tail = _row_tiles(packed, tile)
     full = n - tail.shape[0]
     columns = jnp.moveaxis(g[..., :full].reshape(*g.shape[:-1], -1, tile), -2, 0)
 
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         g_tile, rows = part
-        return total + _contract_rows(g_tile, unpack_ternary2(rows, k, g.dtype)), None
+        return total + _contract_rows(g_tile, unpack(rows, k, packing, g.dtype)), None
 
     zero = jnp.zeros((*g.shape[:-1], k), jnp.float32)
     total, _ = lax.scan(add, zero, (columns, tiles))

@@ -1,0 +1,116 @@
+// AVX-512 with VNNI: 16 lanes of int32, one instruction for four u8 x s8 products a lane.
+// Included inside a target("avx512...") region.
+#pragma once
+
+#include "isa_x86.h"
+
+struct Isa : X86 {
+  using Vec = __m512i;
+  static constexpr int kLanes = 16;       // int32 a vector
+  static constexpr int kTileRows = 12;    // 12 x 2 accumulators, 2 weights: 26 of 32 registers
+  static constexpr int kFlushSteps = 1 << 30;  // dots accumulate in int32: never widened
+  static constexpr bool kWideDot = true;  // u8 operands up to 255 don't saturate
+
+  static Vec Zero() { return _mm512_setzero_si512(); }
+  static Vec Load(const void* p) { return _mm512_loadu_si512(p); }
+  static void Store(void* p, Vec v) { _mm512_storeu_si512(p, v); }
+  static Vec Splat8(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+  static Vec And(Vec a, Vec b) { return _mm512_and_si512(a, b); }
+  static Vec Add8(Vec a, Vec b) { return _mm512_add_epi8(a, b); }
+  static Vec SubtractSaturated8(Vec a, Vec b) { return _mm512_subs_epu8(a, b); }
+  static Vec Add32(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
+  static Vec Sub32(Vec a, Vec b) { return _mm512_sub_epi32(a, b); }
+  static Vec Average8(Vec a, Vec b) { return _mm512_avg_epu8(a, b); }
+  template <int kBits>
+  static Vec ShiftRight16(Vec a) { return _mm512_srli_epi16(a, kBits); }
+  template <int kBits>
+  static Vec ShiftLeft32(Vec a) { return _mm512_slli_epi32(a, kBits); }
+  template <int kBits>
+  static Vec ShiftRightArithmetic32(Vec a) { return _mm512_srai_epi32(a, kBits); }
+
+  // acc[lane] += sum over 4 bytes of w (u8) times a (s8). Assembly, because GCC 12 moves the
+  // accumulators of the intrinsic through copies.
+  static void Dot(Vec& acc, Vec w, Vec a) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a)); }
+  // The same with one dword of `a` for all lanes.
+  static void DotSplat(Vec& acc, Vec w, const int32_t* a) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*a));
+  }
+  static Vec Widen(Vec acc) { return acc; }
+
+  // Dword i of the result's vector j = dword j of the argument's vector i.
+  static void Transpose(Vec (&v)[16]) {
+    Vec t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+      v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+      v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+  }
+
+  // fields[4b+j] = (dwords[b] >> 2j) & 0x03030303, for 16 dwords.
+  static void SpreadFields(const uint32_t* dwords, uint32_t* fields) {
+    const Vec index = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const Vec shifts = _mm512_set_epi32(6, 4, 2, 0, 6, 4, 2, 0, 6, 4, 2, 0, 6, 4, 2, 0);
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const __m128i four = _mm_load_si128(reinterpret_cast<const __m128i*>(dwords) + quarter);
+      const Vec v = _mm512_permutexvar_epi32(index, _mm512_castsi128_si512(four));
+      Store(fields + 16 * quarter, And(_mm512_srlv_epi32(v, shifts), Splat32(0x03030303)));
+    }
+  }
+
+  static int32_t Sum(Vec v) { return _mm512_reduce_add_epi32(v); }
+
+  // round-half-even(x * scale) of kLanes floats.
+  static Vec RoundScaled(const float* x, float scale) {
+    return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(scale)));
+  }
+  static void StoreBytes(int8_t* p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
+  // Largest of the absolute values as bits, so that infinities and NaN come out on top.
+  static Vec MaxAbsBits(Vec top, const float* x) {
+    return _mm512_max_epi32(top, _mm512_and_si512(Load(x), _mm512_set1_epi32(0x7fffffff)));
+  }
+  static int32_t MaxLane(Vec v) { return _mm512_reduce_max_epi32(v); }
+  static Vec Splat32(int v) { return _mm512_set1_epi32(v); }
+  // out = float(v) * a * b
+  static void StoreScaled(float* out, Vec v, float a, float b) {
+    __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(a));
+    _mm512_storeu_ps(out, _mm512_mul_ps(f, _mm512_set1_ps(b)));
+  }
+  // out = (float(high) * 256 + float(low)) * a * b
+  static void StoreScaledPair(float* out, Vec high, Vec low, float a, float b) {
+    __m512 f = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f),
+                               _mm512_cvtepi32_ps(low));
+    f = _mm512_mul_ps(f, _mm512_set1_ps(a));
+    _mm512_storeu_ps(out, _mm512_mul_ps(f, _mm512_set1_ps(b)));
+  }
+
+  using Floats = __m512;
+  static Floats LoadFloats(const float* p) { return _mm512_loadu_ps(p); }
+  static void StoreFloats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+  static Floats SplatFloat(float v) { return _mm512_set1_ps(v); }
+  static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static float SumFloats(Floats v) { return _mm512_reduce_add_ps(v); }
+};
