@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 from numpy.typing import ArrayLike
 
+from fabric_jax.checkpoints.adapters import load_adapter, read_lora_config
 from fabric_jax.checkpoints.loading import load_base
-from fabric_jax.checkpoints.peft import load_adapter, read_lora_config
 from fabric_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fabric_jax.errors import FabricError
 from fabric_jax.generation.config import GenerationConfig
@@ -172,19 +172,22 @@ def load_model(
     """Loads a model, with an adapter if one is named.
 
     Args:
-        source: a registry name, which gives random weights, or a folder saved by fabric_jax.
+        source: a registry name, which gives random weights; a folder saved by fabric_jax or by
+            transformers (safetensors); a ``.gguf`` file; or a hub id: ``org/name``,
+            ``org/name@revision``, ``org/name/file.gguf``.
         weights: form of the linears' weights: ``packed`` (2-bit codes), ``master`` (float,
             quantised in every pass) or ``float`` (plain linears). None: packed where the model is
-            ternary, float otherwise.
-        adapter: an adapter folder in PEFT's layout.
-        act_quant: quantiser of the inputs of ternary linears. None: the folder's, or per token.
+            ternary, float otherwise. ``packed`` or ``master`` for a checkpoint of plain floats says
+            that these are master weights of a ternary model.
+        adapter: an adapter folder in PEFT's layout, or a ``.gguf`` adapter.
+        act_quant: quantiser of the inputs of ternary linears. None: the model's, or per token.
         dtype: of activations and unpacked weights.
         seed: of random weights.
 
     Raises:
         FabricError: the source or the adapter is missing, damaged or of another model.
     """
-    lora = None if adapter is None else read_lora_config(adapter)
+    lora = None if adapter is None else read_lora_config(adapter, source)
     loaded = load_base(source, mode=weights, dtype=dtype, act_quant=act_quant, seed=seed, lora=lora)
     tree = {} if adapter is None else load_adapter(adapter, loaded.definition)
     return Model(

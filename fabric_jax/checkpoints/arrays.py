@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ HostArray = npt.NDArray[Any]
 
 SHOWN = 5
 """Differences spelt out in one message."""
+PIECE_ELEMENTS, CACHED_ELEMENTS = 1 << 22, 1 << 16
+# All ones in NaN and the infinities alone.
+EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -79,9 +82,29 @@ def is_finite(array: Any) -> bool:
     """Whether no element is NaN or infinite; integers always are."""
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return True
-    # Layer by layer: the mask of a whole stack would be a quarter as large as the stack.
-    parts = array if array.ndim > 1 else (array,)
-    return all(bool(np.isfinite(np.asarray(part)).all()) for part in parts)
+    if isinstance(array, np.ndarray):
+        return _is_finite(cast(HostArray, array))
+    if array.ndim == 0:
+        return _is_finite(np.asarray(array))
+    # Piece by piece: on another device the whole would be copied to the host at once.
+    rows = max(1, PIECE_ELEMENTS // max(1, array.size // max(1, array.shape[0])))
+    pieces = (array[start : start + rows] for start in range(0, array.shape[0], rows))
+    return all(_is_finite(np.asarray(piece)) for piece in pieces)
+
+
+def _is_finite(array: HostArray) -> bool:
+    """The same on the host, in pieces that stay in the caches with their masks."""
+    flat = array.reshape(-1)
+    exponent = EXPONENTS.get(array.dtype.name)
+    for start in range(0, flat.size, CACHED_ELEMENTS):
+        piece = flat[start : start + CACHED_ELEMENTS]
+        if exponent is None:
+            finite = np.isfinite(piece).all()
+        else:  # Several times as fast as isfinite, which goes through float32.
+            finite = ((piece.view(np.uint16) & exponent) != exponent).all()
+        if not finite:
+            return False
+    return True
 
 
 def snapshot(tree: Any) -> dict[str, HostArray]:

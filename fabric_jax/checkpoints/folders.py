@@ -59,7 +59,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FabricError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise FabricError(f"{path} is not a JSON object", found=type(value).__name__)

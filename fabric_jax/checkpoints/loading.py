@@ -1,20 +1,28 @@
-"""From what a user names to a model: a registry name or a folder."""
+"""From what a user names to a model: a registry name, a folder, a GGUF file or a hub id."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fabric_kernels.ternary_matmul import Implementation
+from fabric_kernels.ternary_matmul import GradientBits, Implementation
 from jax.typing import DTypeLike
 
-from fabric_jax.checkpoints.native import is_model_folder, load_model_folder, read_model_config
+from fabric_jax.checkpoints.assemble import assemble_base, in_form
+from fabric_jax.checkpoints.hub import fetch_model, is_hub_id
+from fabric_jax.checkpoints.huggingface.read import open_huggingface
+from fabric_jax.checkpoints.native import is_model_folder, open_native
+from fabric_jax.checkpoints.source import ModelSource
 from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.layers.bit_linear import BaseMode
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, Remat, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_base
-from fabric_jax.models.packing import pack_base
 from fabric_jax.models.registry import REGISTRY
 from fabric_jax.quantization.absmax import ActQuant
+
+ACCEPTED = (
+    "a registry name (`fabric-jax models` lists them), a folder saved by fabric_jax or by "
+    "transformers, a .gguf file, or a hub id org/name[@revision]"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +51,27 @@ def load_base(
     lora: LoraConfig | None = None,
     remat: Remat = "none",
     implementation: Implementation | None = None,
+    embedding_dtype: DTypeLike | None = None,
+    gradient_bits: GradientBits = 16,
 ) -> LoadedBase:
     """Loads or makes the base of a model, on the default device.
 
     Args:
-        source: a registry name, which gives random weights, or a folder saved by ``save_model``.
+        source: a registry name, which gives random weights, or what ``open_source`` takes.
         mode: form of the linears' weights. None: packed where the model is ternary, float
-            otherwise. Master weights in a folder are packed as they are loaded.
+            otherwise; masters are packed as they are loaded. ``master`` or ``packed`` for plain
+            float weights says that they are masters.
         dtype: of activations and unpacked weights.
-        act_quant: quantiser of the inputs of ternary linears. None: the folder's, or per token.
+        act_quant: quantiser of the inputs of ternary linears. None: the model's, or per token.
         seed: of random weights.
         lora: adapters to declare; None for none.
         remat: what the backward pass recomputes.
         implementation: which ``ternary_matmul`` runs; None picks.
+        embedding_dtype: of embedding and head as they are stored; None for ``dtype``.
+        gradient_bits: of the backward product through packed weights on CPU.
 
     Raises:
-        FabricError: the source is neither, is damaged, or can't be had in that mode.
+        FabricError: the source is none of these, is damaged, or can't be had in that mode.
     """
     options = DecoderOptions(
         dtype=dtype,
@@ -66,53 +79,69 @@ def load_base(
         implementation=implementation,
         remat=remat,
         lora=lora or LoraConfig(rank=0),
+        embedding_dtype=embedding_dtype,
+        gradient_bits=gradient_bits,
     )
-    name = str(source)
-    if name in REGISTRY:
-        config = REGISTRY[name]
+    if str(source) in REGISTRY:
+        config = REGISTRY[str(source)]
         chosen = mode or ("packed" if config.ternary else "float")
         definition = define_decoder(config, replace(options, mode=chosen))
         base = initialize_base(definition, seed)
         return LoadedBase(definition=definition, base=base, tokenizer_source="")
-    folder = Path(name).expanduser()
-    if not is_model_folder(folder):
-        raise _not_a_model(name, folder)
-    stored = read_model_config(folder)
-    options = replace(options, mode=stored.mode, act_quant=act_quant or stored.act_quant)
-    definition, base = load_model_folder(folder, options)
-    wanted = mode or ("packed" if stored.mode == "master" else stored.mode)
-    if wanted == "packed" and stored.mode == "master":
-        definition, base = pack_base(definition, base)
-    elif wanted != stored.mode:
-        raise FabricError(
-            f"{folder} holds {stored.mode} weights, which can't be turned into {wanted} ones"
-        )
-    tokenizer = "" if stored.tokenizer is None else str(stored.tokenizer)
-    return LoadedBase(definition=definition, base=base, tokenizer_source=tokenizer)
+    stored = in_form(open_source(source, mode=mode), mode)
+    options = replace(options, mode=stored.form, act_quant=act_quant or stored.act_quant)
+    definition = define_decoder(stored.config, options)
+    base = assemble_base(definition, stored)
+    return LoadedBase(definition=definition, base=base, tokenizer_source=stored.tokenizer_source)
+
+
+def open_source(source: str | Path, *, mode: BaseMode | None = None) -> ModelSource:
+    """Opens a stored model without reading its weights.
+
+    Args:
+        source: a folder of fabric_jax or of Hugging Face transformers (safetensors), a ``.gguf``
+            file, or a hub id: ``org/name``, ``org/name@revision``, ``org/name/file.gguf``. What
+            exists on this machine is never looked for on the hub.
+        mode: what the weights are, for checkpoints that do not say; see ``open_huggingface``.
+
+    Raises:
+        FabricError: the source is none of these, is damaged or not supported.
+    """
+    name = str(source)
+    path = Path(name).expanduser()
+    if not path.exists() and is_hub_id(name):
+        return _open_path(fetch_model(name), name, mode=mode, label=name)
+    return _open_path(path, name, mode=mode, label="")
+
+
+def _open_path(path: Path, name: str, *, mode: BaseMode | None, label: str) -> ModelSource:
+    """``label`` is the hub id that ``path`` came from."""
+    if path.is_file() and path.suffix == ".gguf":
+        from fabric_jax.checkpoints.gguf.read import open_gguf
+
+        return open_gguf(path)
+    if not path.is_dir() or not (path / "config.json").is_file():
+        raise _not_a_model(name, path)
+    if is_model_folder(path):
+        return open_native(path)
+    own_name = label.partition("@")[0].rpartition("/")[2]
+    return open_huggingface(path, mode=mode, name=own_name, origin=label)
 
 
 def _not_a_model(name: str, path: Path) -> FabricError:
     """The error for a source that can't be loaded, by what it looks like."""
-    accepted = "a registry name (`fabric-jax models` lists them) or a folder saved by fabric_jax"
-    if path.suffix == ".gguf":
-        kind = "a GGUF file" if path.is_file() else "a GGUF file, which does not exist either"
-        return FabricError(
-            f"cannot load {name}: models of GGUF files are not supported yet",
-            expected=accepted,
-            found=kind,
-        )
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             return FabricError(
                 f"cannot load {name}: it is an adapter, not a model",
-                expected=accepted,
+                expected=ACCEPTED,
                 fix="Give its base model here and the folder as the adapter",
             )
-        hugging_face = (path / "config.json").is_file()
-        what = "Hugging Face folders are not supported yet" if hugging_face else "no config.json"
-        return FabricError(f"cannot load {name}: {what}", expected=accepted)
+        vocabularies = sorted(path.glob("*.gguf"))
+        fix = f"Name {vocabularies[0]} itself" if vocabularies else None
+        return FabricError(f"cannot load {name}: no config.json", expected=ACCEPTED, fix=fix)
     if path.exists():
-        return FabricError(f"cannot load {name}: it is a file", expected=accepted)
-    if len(path.parts) > 2 or path.is_absolute() or name.startswith((".", "~")):
-        return FabricError(f"cannot load {name}: it does not exist", expected=accepted)
-    return unknown_name("model", name, (*REGISTRY, "or a folder saved by fabric_jax"))
+        return FabricError(f"cannot load {name}: it is a file", expected=ACCEPTED)
+    if len(path.parts) > 1 or name.startswith((".", "~")) or path.suffix == ".gguf":
+        return FabricError(f"cannot load {name}: it does not exist", expected=ACCEPTED)
+    return unknown_name("model", name, (*REGISTRY, "a folder, a .gguf file or a hub id"))

@@ -4,31 +4,30 @@ The tensors are the base tree as it is in memory, packed weights included, under
 dots; stacked layers stay stacked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from fabric_jax.checkpoints.arrays import (
     HostArray,
-    Layout,
     layout_differences,
     layouts,
     named_leaves,
     summarize,
 )
+from fabric_jax.checkpoints.assemble import assemble_base, base_layouts
 from fabric_jax.checkpoints.folders import new_folder, read_json_object
+from fabric_jax.checkpoints.source import ALL_ROWS, TernaryMatrix
 from fabric_jax.checkpoints.tensor_file import TensorFile, open_tensors, write_tensors
+from fabric_jax.checkpoints.ternary import is_packed
 from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.files import write_atomically, write_json
 from fabric_jax.layers.bit_linear import BaseMode
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
-from fabric_jax.models.initialize import Tree, nest
+from fabric_jax.models.initialize import Tree
 from fabric_jax.quantization.absmax import ActQuant
 
 FORMAT = "fabric_jax"
@@ -77,8 +76,14 @@ def save_model(
         raise FabricError(
             f"these weights are not those of {definition.config.name}: {summarize(wrong)}"
         )
+    # A folder has one float dtype; what memory holds narrower is widened, which loses nothing.
+    stored = base_layouts(define_decoder(definition.config, replace(options, embedding_dtype=None)))
+    leaves = {
+        name: leaf if leaf.dtype == stored[name].dtype else leaf.astype(stored[name].dtype)
+        for name, leaf in named_leaves(base).items()
+    }
     with new_folder(folder, replaces=FILES) as staged:
-        write_tensors(staged / WEIGHTS, named_leaves(base))
+        write_tensors(staged / WEIGHTS, leaves)
         if tokenizer_json is not None:
             write_atomically(staged / TOKENIZER, tokenizer_json)
         config = {
@@ -138,6 +143,86 @@ def read_model_config(folder: Path) -> FolderConfig:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class NativeSource:
+    """A checked model folder, as ``checkpoints.source.ModelSource`` says.
+
+    Attributes:
+        stored: what its configuration says.
+        file: its tensors.
+        origin: for messages.
+    """
+
+    stored: FolderConfig
+    file: TensorFile
+    origin: str
+
+    @property
+    def config(self) -> ModelConfig:
+        """See ``ModelSource``."""
+        return self.stored.model
+
+    @property
+    def form(self) -> BaseMode:
+        """See ``ModelSource``."""
+        return self.stored.mode
+
+    @property
+    def act_quant(self) -> ActQuant:
+        """See ``ModelSource``."""
+        return self.stored.act_quant
+
+    @property
+    def tokenizer_source(self) -> str:
+        """See ``ModelSource``."""
+        return "" if self.stored.tokenizer is None else str(self.stored.tokenizer)
+
+    def linear(self, path: str, layer: int) -> TernaryMatrix | HostArray:
+        """See ``ModelSource``."""
+        name = f"layers.{path}.weight"
+        weight = self._layer(name, layer)
+        if self.form != "packed":
+            return weight
+        if not is_packed(weight):
+            raise FabricError(
+                f"{name} in {self.file.path} has bytes that are no packed ternary codes"
+            )
+        scale = float(self._layer(f"layers.{path}.scale", layer))
+        if scale <= 0:
+            raise FabricError(
+                f"layers.{path}.scale in {self.file.path} is no scale",
+                expected="a positive number",
+                found=str(scale),
+            )
+        return TernaryMatrix(packed=weight, scale=scale, k=self.config.linear_shapes[path][1])
+
+    def tensor(self, name: str, layer: int | None = None, *, rows: slice = ALL_ROWS) -> HostArray:
+        """See ``ModelSource``."""
+        return self.file.read(name, rows) if layer is None else self._layer(name, layer)[rows]
+
+    def _layer(self, name: str, layer: int) -> HostArray:
+        return self.file.read(name, slice(layer, layer + 1))[0]
+
+
+def open_native(folder: str | Path) -> NativeSource:
+    """Opens what ``save_model`` wrote.
+
+    Raises:
+        FabricError: the folder is damaged, or its tensors are not those of its model (the differing
+            ones are named).
+    """
+    folder = Path(folder)
+    stored = read_model_config(folder)
+    file = open_tensors(folder / WEIGHTS)
+    plain = DecoderOptions(mode=stored.mode, dtype=stored.dtype, act_quant=stored.act_quant)
+    expected = base_layouts(define_decoder(stored.model, plain))
+    if wrong := layout_differences(expected, file.layouts):
+        raise FabricError(
+            f"{file.path} does not hold the weights of {stored.model.name}: {summarize(wrong)}"
+        )
+    return NativeSource(stored=stored, file=file, origin=str(folder))
+
+
 def load_model_folder(
     folder: str | Path, options: DecoderOptions | None = None
 ) -> tuple[DecoderDefinition, Tree]:
@@ -155,40 +240,8 @@ def load_model_folder(
         FabricError: the folder is damaged, its tensors are not those of its model (the differing
             ones are named), or the mode is another one.
     """
-    folder = Path(folder)
-    stored = read_model_config(folder)
+    source = open_native(folder)
+    stored = source.stored
     plain = DecoderOptions(mode=stored.mode, dtype=stored.dtype, act_quant=stored.act_quant)
-    options = options or plain
-    if options.mode != stored.mode:
-        raise FabricError(
-            f"{folder} holds {stored.mode} weights", expected=f"the mode {options.mode!r}"
-        )
-    expected = base_layouts(define_decoder(stored.model, plain))
-    definition = define_decoder(stored.model, options)
-    wanted = base_layouts(definition)
-    leaves: list[tuple[tuple[str, ...], jax.Array]] = []
-    file = open_tensors(folder / WEIGHTS)
-    if wrong := layout_differences(expected, file.layouts):
-        raise FabricError(
-            f"{file.path} does not hold the weights of {stored.model.name}: {summarize(wrong)}"
-        )
-    for name, layout in wanted.items():
-        array = jax.device_put(_read(file, name), may_alias=False)
-        if array.dtype != layout.dtype:
-            array = array.astype(layout.dtype)
-        leaves.append((tuple(name.split(".")), jax.block_until_ready(array)))
-    return definition, nest(leaves)
-
-
-def base_layouts(definition: DecoderDefinition) -> dict[str, Layout]:
-    """Shape and dtype of each base weight, by dotted name."""
-    return layouts(nnx.to_pure_dict(definition.base))
-
-
-def _read(file: TensorFile, name: str) -> HostArray:
-    """One tensor; packed codes are checked."""
-    array = file.read(name)
-    # Of the four values of a field 3 stands for no code; both its bits are set.
-    if array.dtype == np.uint8 and any((part & (part >> 1) & 0x55).any() for part in array):
-        raise FabricError(f"{name} in {file.path} has bytes that are no packed ternary codes")
-    return array
+    definition = define_decoder(stored.model, options or plain)
+    return definition, assemble_base(definition, source)

@@ -3,10 +3,15 @@
 ``adapter_config.json`` and ``adapter_model.safetensors``; layer i's A [R, K] and B [N, R] are named
 ``base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight`` and so on, after the modules of
 transformers' decoders. Here layers are stacked, and B is kept as [R, N].
+
+PEFT can give each module a rank and an alpha of its own; here they belong to a linear, in all
+layers. Where the layers of a file differ, each is filled with zeros up to the largest rank of its
+linear and its B multiplied by the ratio of the scales: B(A(x)) stays what it was, and the zeros,
+whose gradients are zero too, stay zeros in training.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,7 +28,17 @@ from fabric_jax.checkpoints.arrays import (
     named_leaves,
     summarize,
 )
-from fabric_jax.checkpoints.folders import new_folder, read_json_object
+from fabric_jax.checkpoints.folders import new_folder
+from fabric_jax.checkpoints.peft_config import (
+    CONFIG,
+    LINEARS,
+    MODULES,
+    Share,
+    read_settings,
+    share_of,
+    to_lora_config,
+    to_settings,
+)
 from fabric_jax.checkpoints.tensor_file import open_tensors, write_tensors
 from fabric_jax.errors import FabricError
 from fabric_jax.files import write_json
@@ -32,43 +47,13 @@ from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree, nest
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 FILES = frozenset({CONFIG, WEIGHTS, "README.md"})
 """What an adapter folder holds; PEFT adds the README."""
 
-MODULES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-LINEARS = {module.rpartition(".")[2]: name for name, module in MODULES.items()}
 MATRICES = {"a": "lora_A", "b": "lora_B"}
-
-UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "layers_to_transform",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-)
-"""What makes an adapter something else than ``scale · B(A(x))`` on whole linears; plain LoRA sets
-none of it."""
-
-CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
-"""Initialisations that subtract from the base: the adapter does not fit the original weights."""
+ROOT = "base_model.model."
+"""PEFT's wrappers around the base model, in the names of tensors."""
 
 
 def save_adapter(
@@ -100,7 +85,7 @@ def save_adapter(
     }
     with new_folder(folder, replaces=FILES) as staged:
         write_tensors(staged / WEIGHTS, tensors)
-        write_json(staged / CONFIG, _to_peft(lora, base_name))
+        write_json(staged / CONFIG, to_settings(lora, base_name))
 
 
 def read_lora_config(folder: str | Path) -> LoraConfig:
@@ -109,41 +94,14 @@ def read_lora_config(folder: str | Path) -> LoraConfig:
     Raises:
         FabricError: the folder is no adapter, or one of a kind that can't be represented.
     """
-    folder = Path(folder)
-    config = _read_config(folder)
-    path = folder / CONFIG
-    stored = open_tensors(folder / WEIGHTS).layouts
-    modules = {_module(name) for name in stored}
-    dtypes = {layout.dtype for layout in stored.values()}
-    unknown = sorted(modules - LINEARS.keys())
-    if unknown or not modules:
-        raise FabricError(
-            f"the adapter {folder} targets modules that can't have one here",
-            expected=f"some of {', '.join(LINEARS)}",
-            found=", ".join(unknown) or "no tensor",
-        )
-    targets = config["target_modules"]
-    if isinstance(targets, list):
-        listed = {str(target).rpartition(".")[2] for target in cast(list[Any], targets)}
-        if listed != modules:
-            raise FabricError(
-                f"{path} and {WEIGHTS} disagree about the targets",
-                expected=", ".join(sorted(listed)),
-                found=", ".join(sorted(modules)),
-            )
-    order = list(LINEARS.values())
-    narrow: Literal["float32", "bfloat16"] = "bfloat16" if dtypes == {"bfloat16"} else "float32"
-    try:
-        return LoraConfig(
-            rank=config["r"],
-            alpha=float(config["lora_alpha"]),
-            targets=tuple(sorted((LINEARS[module] for module in modules), key=order.index)),
-            dropout=float(config.get("lora_dropout") or 0.0),
-            rslora=bool(config.get("use_rslora")),
-            adapter_dtype=narrow,
-        )
-    except (TypeError, ValueError) as error:
-        raise FabricError(f"{path} has a value of the wrong type: {error}") from error
+    return _read(Path(folder))[0]
+
+
+def differing_layers(folder: str | Path) -> list[str]:
+    """The linears whose layers have different ranks or scales in an adapter folder."""
+    _, shares = _read(Path(folder))
+    by_linear = _by_linear(shares)
+    return [name for name, found in by_linear.items() if len(set(found)) > 1]
 
 
 def load_adapter(folder: str | Path, definition: DecoderDefinition) -> Tree:
@@ -158,20 +116,20 @@ def load_adapter(folder: str | Path, definition: DecoderDefinition) -> Tree:
             named), is damaged, or has values that are not finite.
     """
     folder = Path(folder)
-    stored, lora = read_lora_config(folder), definition.options.lora
-    if (stored.rank, stored.scale) != (lora.rank, lora.scale):
-        raise FabricError(
-            f"the adapter {folder} has other LoRA settings than the model was defined with",
-            expected=f"rank {lora.rank} and scale {lora.scale:g}",
-            found=f"rank {stored.rank} and scale {stored.scale:g}",
-        )
+    stored, shares = _read(folder)
+    lora = definition.options.lora
+    require_settings(folder, stored, lora)
     declared = _adapter_layouts(definition)
     names = list(_tensor_names(definition))
     file = open_tensors(folder / WEIGHTS)
-    expected = {peft: _file_layout(name, declared[name]) for name, _, peft in names}
+    ranks = {module: share.rank for module, share in shares.items()}
+    expected = {
+        peft: _file_layout(name, declared[name], ranks.get(_module_path(peft)))
+        for name, _, peft in names
+    }
     found = {peft: _as_float32(layout) for peft, layout in file.layouts.items()}
     if wrong := layout_differences(expected, found):
-        base = _read_config(folder).get("base_model_name_or_path") or "an unnamed model"
+        base = read_settings(folder).get("base_model_name_or_path") or "an unnamed model"
         raise FabricError(
             f"the adapter {folder}, trained on {base}, does not fit "
             f"{describe_model(definition.config)}: {summarize(wrong)}",
@@ -179,7 +137,9 @@ def load_adapter(folder: str | Path, definition: DecoderDefinition) -> Tree:
         )
     stacks: dict[str, list[HostArray]] = {name: [] for name in declared}
     for name, _, peft in names:
-        stacks[name].append(_turn(name, file.read(peft)))
+        target = lora.of(name.split(".")[2])
+        share = shares[_module_path(peft)]
+        stacks[name].append(_widened(name, file.read(peft), share, target))
     leaves = [
         (tuple(name.split(".")), _stack(parts, declared[name].dtype))
         for name, parts in stacks.items()
@@ -201,7 +161,7 @@ def _tensor_names(definition: DecoderDefinition) -> Iterator[tuple[str, int, str
         # layers.attention.q.lora.a
         linear, _, matrix = name.split(".")[2:]
         for layer in range(definition.config.num_layers):
-            module = f"base_model.model.model.layers.{layer}.{MODULES[linear]}"
+            module = f"{ROOT}model.layers.{layer}.{MODULES[linear]}"
             yield name, layer, f"{module}.{MATRICES[matrix]}.weight"
 
 
@@ -209,10 +169,19 @@ def _adapter_layouts(definition: DecoderDefinition) -> dict[str, Layout]:
     return layouts(nnx.to_pure_dict(definition.adapter))
 
 
-def _file_layout(name: str, stack: Layout) -> Layout:
+def _file_layout(name: str, stack: Layout, rank: int | None) -> Layout:
     """Of one layer of a stack, as PEFT turns it; files may hold any float, read as float32."""
-    shape = stack.shape[:0:-1] if name.endswith(".b") else stack.shape[1:]
+    own, wide = rank or stack.shape[1], stack.shape[2]
+    shape = (wide, own) if name.endswith(".b") else (own, wide)
     return Layout(shape=shape, dtype="float32")
+
+
+def _widened(name: str, matrix: HostArray, share: Share, target: LoraConfig) -> HostArray:
+    """One layer's A [R, K] or B [R, N] in float32, at the rank and for the scale of its linear."""
+    turned = _turn(name, matrix).astype(np.float32)
+    if name.endswith(".b") and share.scale != target.scale:
+        turned = turned * np.float32(share.scale / target.scale)
+    return np.pad(turned, ((0, target.rank - share.rank), (0, 0)))
 
 
 def _turn(name: str, matrix: HostArray) -> HostArray:
@@ -226,62 +195,67 @@ def _as_float32(layout: Layout) -> Layout:
 
 
 def _stack(parts: list[HostArray], dtype: str) -> jax.Array:
-    stack = np.stack([part.astype(np.float32) for part in parts])
-    return jax.device_put(stack, may_alias=False).astype(dtype)
+    return jax.device_put(np.stack(parts), may_alias=False).astype(dtype)
 
 
-def _module(name: str) -> str:
-    """The module that a tensor of an adapter belongs to; the name itself if it is no A or B."""
-    match = re.fullmatch(r".*\.(\w+)\.lora_[AB]\.weight", name)
-    return match[1] if match else name
-
-
-def _to_peft(lora: LoraConfig, base_name: str) -> dict[str, Any]:
-    """The settings under PEFT's names."""
-    names = [module.rpartition(".")[2] for name, module in MODULES.items() if lora.covers(name)]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.rslora,
-        "target_modules": names,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-    }
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """PEFT's settings, refused where they mean more than LoRA on whole linears."""
-    if not folder.is_dir():
-        raise FabricError(f"the adapter folder {folder} does not exist")
-    path = folder / CONFIG
-    config = read_json_object(path)
-    if config.get("peft_type") != "LORA":
+def _read(folder: Path) -> tuple[LoraConfig, dict[str, Share]]:
+    """The settings of a folder, and what each module has, by its path within the base model."""
+    settings = read_settings(folder)
+    stored = open_tensors(folder / WEIGHTS).layouts
+    paths = list(dict.fromkeys(map(_module_path, stored)))
+    found = {path.rpartition(".")[2] for path in paths}
+    unknown = sorted(found - LINEARS.keys())
+    if unknown or not found:
         raise FabricError(
-            f"{path} is not of a LoRA adapter",
-            expected="peft_type LORA",
-            found=str(config.get("peft_type")),
+            f"the adapter {folder} targets modules that can't have one here",
+            expected=f"some of {', '.join(LINEARS)}",
+            found=", ".join(unknown) or "no tensor",
         )
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
-    if missing:
-        raise FabricError(f"{path} lacks {', '.join(missing)}")
-    if not isinstance(config["r"], int):
-        raise FabricError(f"{path} has a rank that is no whole number", found=repr(config["r"]))
-    used = [key for key in UNSUPPORTED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        used.append("bias")
-    if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
-        used.append("init_lora_weights")
-    if used:
+    _require_targets(folder, settings["target_modules"], found)
+    narrow: Literal["float32", "bfloat16"] = (
+        "bfloat16" if {layout.dtype for layout in stored.values()} == {"bfloat16"} else "float32"
+    )
+    try:
+        shares = {path: share_of(settings, path) for path in paths}
+        return to_lora_config(settings, _by_linear(shares), narrow), shares
+    except (TypeError, ValueError) as error:
+        raise FabricError(f"{folder / CONFIG} has a value of the wrong type: {error}") from error
+
+
+def _by_linear(shares: Mapping[str, Share]) -> dict[str, list[Share]]:
+    """What the layers of each linear have, both in order."""
+    grouped: dict[str, list[Share]] = {name: [] for name in MODULES}
+    for path, share in sorted(shares.items()):
+        grouped[LINEARS[path.rpartition(".")[2]]].append(share)
+    return {name: found for name, found in grouped.items() if found}
+
+
+def _require_targets(folder: Path, targets: Any, found: set[str]) -> None:
+    """Refuses a list of targets that is not the list of modules with tensors."""
+    if not isinstance(targets, list):
+        return
+    listed = {str(target).rpartition(".")[2] for target in cast(list[Any], targets)}
+    if listed != found:
         raise FabricError(
-            f"the adapter {folder} is more than plain LoRA",
-            found=", ".join(f"{key} = {config[key]!r}" for key in used),
-            fix="Train it without these settings",
+            f"{folder / CONFIG} and {WEIGHTS} disagree about the targets",
+            expected=", ".join(sorted(listed)),
+            found=", ".join(sorted(found)),
         )
-    return config
+
+
+def require_settings(source: str | Path, stored: LoraConfig, lora: LoraConfig) -> None:
+    """Refuses a decoder that was defined with other ranks or scales than the file has."""
+    for name in sorted(stored.linears):
+        has, wanted = stored.of(name), lora.of(name)
+        if (has.rank, has.scale) != (wanted.rank, wanted.scale):
+            raise FabricError(
+                f"the adapter {source} has other LoRA settings than the model was defined with",
+                expected=f"rank {wanted.rank} and scale {wanted.scale:g} for {name}",
+                found=f"rank {has.rank} and scale {has.scale:g}",
+            )
+
+
+def _module_path(name: str) -> str:
+    """The module within the base model that A or B belongs to; other names are kept."""
+    match = re.fullmatch(r"(.*\.\w+)\.lora_[AB]\.weight", name)
+    return match[1].removeprefix(ROOT) if match else name

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fabric_kernels.cpu_library import CpuLibraryStatus
+
     from fabric_jax.measurement.health import Health
 
 
@@ -52,6 +54,7 @@ def _print(health: "Health") -> None:
         ("memory", bytes_text(facts.host_memory_bytes)),
         ("python", facts.python),
         ("packages", versions),
+        ("CPU kernels", _cpu_kernels(health.cpu_kernels)),
         ("folder", f"{folder.path}: {writable}, {bytes_text(folder.free_bytes)} free"),
         *((name, value) for name, value in health.environment.items()),
     ]
@@ -77,3 +80,11 @@ def _print(health: "Health") -> None:
         print_table("not installed", ("part", "for", "required", "command"), missing, left=4)
     verdict = "This machine can train." if health.can_train else "This machine cannot train yet."
     console().print(verdict)
+
+
+def _cpu_kernels(status: "CpuLibraryStatus") -> str:
+    library = status.library
+    if library is None:
+        return f"none, products run on XLA: {status.problem}. {status.fix}."
+    origin = {"shipped": "part of the package", "built": "built on this machine"}[library.origin]
+    return f"{library.isa}, {origin} by {library.compiler}: {library.path}"

@@ -21,10 +21,11 @@ class EvaluateConfig:
     """Perplexity of a model on rows and, where these have labels, accuracy on the task.
 
     Attributes:
-        model: registry name (random weights) or a folder saved by fabric_jax.
+        model: registry name (random weights), a folder saved by fabric_jax or by transformers, a
+            .gguf file, or a hub id: org/name, org/name@revision, org/name/file.gguf.
         data: rows to evaluate on: a .jsonl, .json or .parquet file, a folder of them, or a data
             set of the Hugging Face hub.
-        adapter: folder of an adapter; the base is then measured too, beside it.
+        adapter: folder or .gguf file of an adapter; the base is then measured too, beside it.
         tokenizer: a tokenizer folder, tokenizer.json, tokenizer.model, .gguf file or hub id. Empty:
             the model's own, or bytes for a model that has none.
         chat_template: a Jinja file to use instead of the tokenizer's own chat template.
@@ -36,6 +37,8 @@ class EvaluateConfig:
         by: how an answer is taken from the model: the first word of what it generates greedily, or
             the label it finds most likely (also by the mean over tokens); none for perplexity only.
         dtype: of activations and unpacked weights.
+        weights: form of the linears' weights; auto is packed where the model is ternary. packed for
+            a checkpoint of plain floats says that these are master weights of a ternary model.
         act_quant: quantiser of the inputs of ternary linears; auto: what the model was saved with,
             else per_token.
         seed: of random base weights.
@@ -54,6 +57,7 @@ class EvaluateConfig:
     train_on: TrainOn = "auto"
     by: Literal["generation", "likelihood", "likelihood_per_token", "none"] = "generation"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: Literal["auto", "packed", "master", "float"] = "auto"
     act_quant: Literal["auto", "per_token", "block256", "none"] = "auto"
     seed: int = 0
     json: str = ""
@@ -100,12 +104,13 @@ def run(arguments: Sequence[str]) -> int:
 
 def _load(config: EvaluateConfig) -> "tuple[LoadedBase, Tree]":
     """The model and its adapter, an empty one where none is named."""
+    from fabric_jax.checkpoints.adapters import load_adapter, read_lora_config
     from fabric_jax.checkpoints.loading import load_base
-    from fabric_jax.checkpoints.peft import load_adapter, read_lora_config
 
-    lora = read_lora_config(config.adapter) if config.adapter else None
+    lora = read_lora_config(config.adapter, config.model) if config.adapter else None
     loaded = load_base(
         config.model,
+        mode=None if config.weights == "auto" else config.weights,
         dtype=config.dtype,
         act_quant=None if config.act_quant == "auto" else config.act_quant,
         seed=config.seed,

@@ -15,6 +15,7 @@ COMMANDS = {
     "quickstart": "train, pack, fine-tune and evaluate a tiny model; needs no file and no network",
     "finetune": "LoRA-fine-tune a packed model on your rows",
     "evaluate": "perplexity and task accuracy of a model, with and without its adapter",
+    "convert": "write a model or an adapter in another format: transformers, GGUF, PEFT",
     "models": "list the models that go by a name",
     "doctor": "what this machine offers, what is missing and how to install it",
 }

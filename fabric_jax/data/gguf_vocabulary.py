@@ -1,15 +1,16 @@
 """The vocabulary of a GGUF file as a tokenizer."""
 
-import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from fabric_jax.data.byte_alphabet import byte_alphabet
 from fabric_jax.data.sentencepiece_bpe import Pieces, PieceType, build_sentencepiece_bpe
-from fabric_jax.data.tokenizer import Tokenizer, byte_alphabet
 from fabric_jax.errors import FabricError, unknown_name
+from fabric_jax.gguf_container import Value, read_gguf
 
 if TYPE_CHECKING:
-    import gguf
     import tokenizers
 
 _LLAMA3_SPLIT = (
@@ -28,64 +29,113 @@ PRE_TOKENIZERS: dict[str, str | None] = {
 }
 
 
-def load_gguf(path: Path) -> Tokenizer:
-    """Loads the vocabulary of ``path``: models "llama" (SentencePiece) and "gpt2" (byte-level BPE).
+MAX_TOKEN = 1024
+"""Characters of the longest token: rules are looked for at each place where it can be cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufVocabulary:
+    """What a file says about its tokens; the attributes are those of ``Tokenizer``."""
+
+    backend: "tokenizers.Tokenizer"
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    stop_ids: tuple[int, ...]
+    add_bos: bool
+    chat_template: str | None
+
+
+def read_gguf_vocabulary(path: Path) -> GgufVocabulary:
+    """Reads the vocabulary of a GGUF file.
 
     Raises:
         FabricError: not a GGUF file, no vocabulary, or a kind of vocabulary not supported.
     """
-    fields = _read_fields(path)
+    return build_gguf_vocabulary(read_gguf(path).metadata, str(path))
+
+
+def build_gguf_vocabulary(metadata: Mapping[str, Value], source: str) -> GgufVocabulary:
+    """The vocabulary in metadata: models "llama" (SentencePiece) and "gpt2" (byte-level BPE).
+
+    Args:
+        metadata: of a GGUF file.
+        source: its name, for messages.
+
+    Raises:
+        FabricError: no vocabulary, a kind that is not supported, or one that is inconsistent.
+    """
+    fields: dict[str, Any] = {
+        key.removeprefix("tokenizer.").removeprefix("ggml."): value
+        for key, value in metadata.items()
+        if key.startswith("tokenizer.")
+    }
     kind = fields.get("model")
-    if kind is None or kind == "none" or "tokens" not in fields:
+    if kind is None or kind in ("none", "no_vocab") or "tokens" not in fields:
         raise FabricError(
-            f"{path} holds no vocabulary", fix="Name another tokenizer with --tokenizer"
+            f"{source} holds no vocabulary", fix="Name another tokenizer with --tokenizer"
         )
-    if kind == "llama":
-        backend = _sentencepiece(fields, path)
-    elif kind == "gpt2":
-        backend = _byte_level_bpe(fields, path)
-    else:
-        raise unknown_name(f"vocabulary kind in {path}", str(kind), ("llama", "gpt2"))
-    bos, eos = fields.get("bos_token_id"), fields.get("eos_token_id")
-    stops = (eos, fields.get("eot_token_id"), fields.get("eom_token_id"))
+    builders = {"llama": _sentencepiece, "gpt2": _byte_level_bpe}
+    if not isinstance(kind, str) or kind not in builders:
+        raise unknown_name(f"vocabulary kind in {source}", str(kind)[:60], builders)
+    _require_types(fields, source)
+    try:
+        backend = builders[kind](fields, source)
+    except FabricError:
+        raise
+    except Exception as error:  # the library raises bare Exception for every fault
+        raise FabricError(
+            f"the vocabulary of {source} is inconsistent: {str(error)[:300]}"
+        ) from error
+    bos, eos, eot, eom, pad = (
+        _token_id(fields, f"{name}_token_id", source)
+        for name in ("bos", "eos", "eot", "eom", "padding")
+    )
     # llama.cpp adds BOS to these two unless the file says otherwise.
-    default_add_bos = kind == "llama" or PRE_TOKENIZERS.get(_pre(fields, path)) == _LLAMA3_SPLIT
-    return Tokenizer(
+    default_add_bos = kind == "llama" or PRE_TOKENIZERS.get(_pre(fields, source)) == _LLAMA3_SPLIT
+    template = fields.get("chat_template")
+    return GgufVocabulary(
         backend=backend,
-        source=str(path),
         vocab_size=len(fields["tokens"]),
         bos_id=bos,
         eos_id=eos,
-        pad_id=fields.get("padding_token_id"),
-        stop_ids=tuple(sorted({i for i in stops if i is not None})),
+        pad_id=pad,
+        stop_ids=tuple(sorted({i for i in (eos, eot, eom) if i is not None})),
         add_bos=bos is not None and bool(fields.get("add_bos_token", default_add_bos)),
-        chat_template=fields.get("chat_template"),
+        chat_template=template if isinstance(template, str) else None,
     )
 
 
-def _read_fields(path: Path) -> dict[str, Any]:
-    """Metadata under ``tokenizer.ggml.``, the prefix left out, and the chat template."""
-    import gguf
+def _require_types(fields: Mapping[str, Any], source: str) -> None:
+    """Refuses lists whose elements are of the wrong kind."""
+    kinds = {"tokens": str, "scores": float, "token_type": int, "merges": str}
+    for key, kind in kinds.items():
+        values: Any = fields.get(key, [])
+        if not isinstance(values, list) or any(
+            type(value) is not kind for value in cast(list[object], values)
+        ):
+            raise FabricError(f"tokenizer.ggml.{key} in {source} is no list of {kind.__name__}")
+    longest = max(map(len, fields["tokens"]), default=0)
+    if longest > MAX_TOKEN:
+        raise FabricError(f"{source} has a token of {longest} characters")
 
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {
-            name.removeprefix("tokenizer.").removeprefix("ggml."): _contents(field)
-            for name, field in reader.fields.items()
-            if name.startswith("tokenizer.")
-        }
-    except (OSError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
+
+def _token_id(fields: Mapping[str, Any], key: str, source: str) -> int | None:
+    value = fields.get(key)
+    # Vocabularies without such a token have the largest number here.
+    if value is None or value in (-1, 0xFFFFFFFF):
+        return None
+    if type(value) is not int or not 0 <= value < len(fields["tokens"]):
         raise FabricError(
-            f"cannot read {path}", expected="a GGUF file", found=str(error) or repr(error)
-        ) from error
-    return fields
+            f"tokenizer.ggml.{key} in {source} is out of range",
+            expected=f"below {len(fields['tokens'])}",
+            found=str(value)[:40],
+        )
+    return value
 
 
-def _contents(field: "gguf.ReaderField") -> Any:
-    return cast(Any, field).contents()
-
-
-def _sentencepiece(fields: dict[str, Any], path: Path) -> "tokenizers.Tokenizer":
+def _sentencepiece(fields: Mapping[str, Any], source: str) -> "tokenizers.Tokenizer":
     tokens: list[str] = fields["tokens"]
     pieces = Pieces(
         tokens=tokens,
@@ -93,31 +143,31 @@ def _sentencepiece(fields: dict[str, Any], path: Path) -> "tokenizers.Tokenizer"
         types=fields.get("token_type", []),
         add_prefix_space=fields.get("add_space_prefix", True),
     )
-    return build_sentencepiece_bpe(pieces, path)
+    return build_sentencepiece_bpe(pieces, Path(source))
 
 
-def _pre(fields: dict[str, Any], path: Path) -> str:
+def _pre(fields: Mapping[str, Any], source: str) -> str:
     """The name of the split; vocabularies older than the key are known by their tokens."""
     if fields["model"] != "gpt2":
         return "default"
     name = fields.get("pre", "default")
     if name == "default" and "<|begin_of_text|>" in fields["tokens"]:
         return "llama-bpe"
-    if name not in PRE_TOKENIZERS:
-        raise unknown_name(f"tokenizer.ggml.pre in {path}", name, PRE_TOKENIZERS)
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
+        raise unknown_name(f"tokenizer.ggml.pre in {source}", str(name)[:60], PRE_TOKENIZERS)
     return name
 
 
-def _byte_level_bpe(fields: dict[str, Any], path: Path) -> "tokenizers.Tokenizer":
+def _byte_level_bpe(fields: Mapping[str, Any], source: str) -> "tokenizers.Tokenizer":
     import tokenizers
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
     if "merges" not in fields:
-        raise FabricError(f"{path} has a gpt2 vocabulary without tokenizer.ggml.merges")
-    name = _pre(fields, path)
+        raise FabricError(f"{source} has a gpt2 vocabulary without tokenizer.ggml.merges")
+    name = _pre(fields, source)
     split = PRE_TOKENIZERS[name]
     tokens: list[str] = fields["tokens"]
-    merges = [_merge(rule, path) for rule in fields["merges"]]
+    merges = [_merge(rule, source) for rule in fields["merges"]]
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
@@ -143,14 +193,14 @@ def _byte_level_bpe(fields: dict[str, Any], path: Path) -> "tokenizers.Tokenizer
     control = [t for t, kind in types if kind == PieceType.CONTROL]
     backend.add_tokens([AddedToken(t, normalized=False) for t in user_defined])
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in control])
-    missing = [char for char in byte_alphabet().values() if char not in fields["tokens"]]
+    missing = set(byte_alphabet().values()) - set(tokens)
     if missing:
-        raise FabricError(f"{path}: vocabulary lacks {len(missing)} of the 256 bytes")
+        raise FabricError(f"{source}: vocabulary lacks {len(missing)} of the 256 bytes")
     return backend
 
 
-def _merge(rule: str, path: Path) -> tuple[str, str]:
+def _merge(rule: str, source: str) -> tuple[str, str]:
     left, _, right = rule.partition(" ")
     if not left or not right:
-        raise FabricError(f"{path} has a malformed merge {rule!r}", expected="two tokens")
+        raise FabricError(f"{source} has a malformed merge {rule[:60]!r}", expected="two tokens")
     return left, right

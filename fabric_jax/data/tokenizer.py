@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fabric_jax.data.byte_alphabet import byte_alphabet
 from fabric_jax.errors import FabricError
 
 if TYPE_CHECKING:
@@ -125,18 +126,6 @@ def byte_tokenizer() -> Tokenizer:
     )
 
 
-def byte_alphabet() -> dict[int, str]:
-    """The printable character that byte-level vocabularies write for each byte.
-
-    Bytes that print in Latin-1 stand for themselves, the others follow from U+0100 in order
-    (GPT-2, Radford et al. 2019).
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in printable)
-    alphabet = {byte: chr(byte) for byte in printable}
-    return alphabet | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
-
-
 def load_tokenizer(source: str | Path, *, chat_template: str | Path | None = None) -> Tokenizer:
     """Loads a vocabulary.
 
@@ -148,7 +137,7 @@ def load_tokenizer(source: str | Path, *, chat_template: str | Path | None = Non
     Raises:
         FabricError: the source is missing, unreadable or of a kind that isn't supported.
     """
-    from fabric_jax.data.gguf_vocabulary import load_gguf
+    from fabric_jax.data.gguf_vocabulary import read_gguf_vocabulary
     from fabric_jax.data.tokenizer_folder import download_tokenizer, load_file, load_folder
 
     text = str(source)
@@ -158,7 +147,10 @@ def load_tokenizer(source: str | Path, *, chat_template: str | Path | None = Non
     elif path.is_dir():
         tokenizer = load_folder(path)
     elif path.is_file():
-        tokenizer = load_gguf(path) if path.suffix == ".gguf" else load_file(path)
+        if path.suffix == ".gguf":
+            tokenizer = Tokenizer(source=str(path), **vars(read_gguf_vocabulary(path)))
+        else:
+            tokenizer = load_file(path)
     else:
         tokenizer = load_folder(download_tokenizer(text), source=text)
     if chat_template:

@@ -1,11 +1,11 @@
 """Hugging Face tokenizer folders, from disk or from the hub."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from fabric_jax.checkpoints.hub import fetch_tokenizer, is_hub_id
 from fabric_jax.data.sentencepiece_bpe import build_sentencepiece_bpe
 from fabric_jax.data.sentencepiece_model import read_sentencepiece_model
 from fabric_jax.data.tokenizer import Tokenizer
@@ -14,17 +14,6 @@ from fabric_jax.errors import FabricError
 if TYPE_CHECKING:
     import tokenizers
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
-_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # Spellings that published vocabularies use, looked for only where no file names the token.
 _KNOWN_TOKENS = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
@@ -81,27 +70,12 @@ def download_tokenizer(hub_id: str) -> Path:
     Raises:
         FabricError: neither a path nor a hub id, or it can't be reached and isn't cached.
     """
-    if not _HUB_ID.match(hub_id) or hub_id.startswith(".") or hub_id.endswith((".json", ".gguf")):
+    if not is_hub_id(hub_id) or hub_id.endswith((".json", ".gguf")):
         raise FabricError(
             f"no tokenizer at {hub_id}",
             expected="a folder, tokenizer.json, tokenizer.model, .gguf file or hub id org/name",
         )
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name, _, revision = hub_id.partition("@")
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision or None, allow_patterns=list(_FILES)
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FabricError(
-            f"cannot get tokenizer {hub_id} from the hub ({_first_line(error)}), "
-            "and there is no such file or folder here",
-            fix="Check the name and the connection, or give a local folder or .gguf file",
-        ) from error
+    return fetch_tokenizer(hub_id)
 
 
 def _load_json(path: Path) -> "tokenizers.Tokenizer":
@@ -164,7 +138,10 @@ def _adds_bos(
 
 
 def _stop_ids(folder: Path, eos: int | None) -> tuple[int, ...]:
-    stops: object = _read_json(folder / "generation_config.json").get("eos_token_id")
+    """Tokens that end an answer: those the model names, and the vocabulary's end of text."""
+    stops: object = None
+    for name in ("generation_config.json", "config.json"):
+        stops = _read_json(folder / name).get("eos_token_id") if stops is None else stops
     listed = cast(list[object], stops) if isinstance(stops, list) else [stops]
     ids = {number for number in [*listed, eos] if isinstance(number, int)}
     return tuple(sorted(ids))

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from fabric_kernels import table_matmul, table_matmul_transposed
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -45,7 +46,7 @@ def _loss(
     def add(
         total: jax.Array, tile: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
-        return total + _tile_loss(linear(tile[0], head, jnp.float32), *tile[1:]), None
+        return total + _tile_loss(table_matmul(tile[0], head), *tile[1:]), None
 
     tiles = _tiles(hidden, targets, weights, head.shape[0])
     return lax.scan(add, jnp.float32(0), tiles)[0]
@@ -59,13 +60,13 @@ def _loss_fwd(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, d_head = carry
         x, y, w = tile
-        logits = linear(x, head, jnp.float32)
+        logits = table_matmul(x, head)
         total = total + _tile_loss(logits, y, w)
         d_logits = jax.nn.softmax(logits, axis=-1) - jax.nn.one_hot(y, head.shape[0])
         d_logits = (d_logits * w[:, None]).astype(x.dtype)
         if train_head:
             d_head = d_head + linear(d_logits.T, x.T, jnp.float32)
-        return (total, d_head), linear(d_logits, head.T)
+        return (total, d_head), table_matmul_transposed(d_logits, head).astype(x.dtype)
 
     tiles = _tiles(hidden, targets, weights, head.shape[0])
     d_head = jnp.zeros(head.shape if train_head else (), jnp.float32)

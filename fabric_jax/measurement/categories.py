@@ -134,7 +134,8 @@ def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCate
         case "float":
             weights, scales = sum(item * n * k for n, k in shapes), 0
     weights, scales = config.num_layers * weights, config.num_layers * scales
-    embedding = item * config.embedding_parameters
+    table_item = jnp.dtype(options.embedding_dtype or options.dtype).itemsize
+    embedding = table_item * config.embedding_parameters
     norms = item * config.norm_parameters
     adapters = adapter_parameters(config, options.lora)
     trained = adapters or (0 if options.mode == "packed" else config.parameters)
@@ -152,10 +153,11 @@ def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCate
 
 def adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
     """Weights of the adapter that ``lora`` puts on a model: R · (N + K) for each linear."""
+    named = {path.split(".")[-1]: shape for path, shape in config.linear_shapes.items()}
     covered = [
-        n + k for path, (n, k) in config.linear_shapes.items() if lora.covers(path.split(".")[-1])
+        lora.of(name).rank * sum(shape) for name, shape in named.items() if lora.covers(name)
     ]
-    return config.num_layers * lora.rank * sum(covered)
+    return config.num_layers * sum(covered)
 
 
 def f16_bytes(config: ModelConfig) -> int:

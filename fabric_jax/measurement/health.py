@@ -1,4 +1,4 @@
-"""Whether this machine can train: devices, an arithmetic self-test, missing parts, the folder."""
+"""Whether this machine can train: devices, self-tests, kernels, missing parts, the folder."""
 
 import os
 import shutil
@@ -8,26 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from fabric_kernels import (
-    pack_ternary2,
-    select_implementation,
-    ternary_matmul,
-    ternary_matmul_transposed,
-)
+from fabric_kernels import cpu_library, select_implementation
+from fabric_kernels.cpu_library import CpuLibraryStatus
 
 from fabric_jax.measurement.device import DeviceFacts, device_facts, device_memory_bytes
 from fabric_jax.measurement.requirements import MissingPart, missing_parts
+from fabric_jax.measurement.self_test import EXACT, self_test
 
-EXACT = "exact"
-# What these hold decides which devices jax uses and how it allocates.
+# What these hold decides which devices jax uses, how it allocates, and which kernels run.
 ENVIRONMENT = (
     "JAX_PLATFORMS",
     "CUDA_VISIBLE_DEVICES",
     "XLA_FLAGS",
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "FABRIC_KERNELS_CPU",
+    "FABRIC_KERNELS_ISA",
+    "FABRIC_KERNELS_CACHE",
+    "FABRIC_KERNELS_CXXFLAGS",
 )
 
 
@@ -74,13 +72,15 @@ class Health:
     Attributes:
         facts: of the machine.
         devices: those of jax.
+        cpu_kernels: the compiled library, or why there is none.
         missing: parts that aren't installed.
         folder: the current one.
-        environment: variables that are set and change what jax does.
+        environment: variables that are set and change what is run.
     """
 
     facts: DeviceFacts
     devices: tuple[DeviceHealth, ...]
+    cpu_kernels: CpuLibraryStatus
     missing: tuple[MissingPart, ...]
     folder: FolderHealth
     environment: dict[str, str]
@@ -97,11 +97,16 @@ class Health:
 
 
 def check_health(folder: Path) -> Health:
-    """Looks at everything; takes a second or two, most of it the self-test's compilation."""
+    """Looks at everything; takes a few seconds, most of it the self-test's compilation.
+
+    Where the CPU kernels have never been compiled, that is done first.
+    """
+    cpu_kernels = cpu_library.status()
     devices = tuple(_check_device(index) for index in range(len(jax.local_devices())))
     return Health(
         facts=device_facts(),
         devices=devices,
+        cpu_kernels=cpu_kernels,
         missing=tuple(missing_parts({device.platform for device in devices})),
         folder=check_folder(folder),
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
@@ -119,29 +124,6 @@ def check_folder(folder: Path) -> FolderHealth:
     return FolderHealth(
         path=str(folder), problem=problem, free_bytes=shutil.disk_usage(folder).free
     )
-
-
-def self_test() -> str:
-    """Multiplies a small packed matrix on the default device and compares every integer.
-
-    Both products run compiled, with a width that doesn't fill its last byte.
-
-    Returns:
-        ``exact``, or how many values differ.
-    """
-    random = np.random.default_rng(0)
-    codes = random.integers(-1, 2, (48, 131), np.int8)
-    inputs = random.integers(-128, 128, (5, 131), np.int8)
-    gradients = random.integers(-9, 10, (5, 48)).astype(np.float32)
-    packed = pack_ternary2(jnp.asarray(codes))
-    forward = jax.jit(ternary_matmul)(jnp.asarray(inputs), packed)
-    backward = jax.jit(ternary_matmul_transposed, static_argnums=2)(
-        jnp.asarray(gradients), packed, codes.shape[1]
-    )
-    wide = codes.astype(np.int64)
-    wrong = np.count_nonzero(np.asarray(forward) != inputs.astype(np.int64) @ wide.T)
-    wrong += np.count_nonzero(np.asarray(backward) != gradients.astype(np.int64) @ wide)
-    return EXACT if wrong == 0 else f"{wrong} of {forward.size + backward.size} values differ"
 
 
 def _check_device(index: int) -> DeviceHealth:

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
+from fabric_kernels import table_matmul
 from fabric_kernels.ternary_matmul import NARROW_PRODUCT, GradientBits, Implementation
 from flax import nnx
 from jax import lax
@@ -23,7 +24,6 @@ from fabric_jax.layers.bit_linear import (
     LinearOptions,
 )
 from fabric_jax.layers.cross_entropy import tiled_cross_entropy
-from fabric_jax.layers.dot import linear
 from fabric_jax.layers.feed_forward import FeedForward
 from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.layers.lora import LoraConfig
@@ -44,7 +44,8 @@ class DecoderOptions:
 
     Attributes:
         mode: form of the linears' weights. A model that is not ternary has only ``float``.
-        dtype: of activations, embedding, norms and float weights.
+        dtype: of activations, norms and float weights.
+        embedding_dtype: of embedding and head as they are stored; None for ``dtype``.
         act_quant: quantiser of the inputs of ternary linears.
         implementation: which ``ternary_matmul`` runs; ``None`` picks the best for the device.
         remat: what the backward pass recomputes.
@@ -60,6 +61,7 @@ class DecoderOptions:
     remat: Remat = "none"
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))
     gradient_bits: GradientBits = 16
+    embedding_dtype: DTypeLike | None = None
 
 
 class Block(nnx.Module):
@@ -147,13 +149,13 @@ class Decoder(nnx.Module):
             gradient_bits=options.gradient_bits,
         )
         table = (config.vocab_size, config.hidden_size)
-        self.embedding = declare_base(table, options.dtype, Normal(INIT_STD))
+        table_dtype = options.embedding_dtype or options.dtype
+        self.embedding = declare_base(table, table_dtype, Normal(INIT_STD))
         self.layers = Block(config, stacked)
         self.final_norm = _norm(config, options.dtype, ())
-        self.head = (
-            None if config.tied_head else declare_base(table, options.dtype, Normal(INIT_STD))
-        )
+        self.head = None if config.tied_head else declare_base(table, table_dtype, Normal(INIT_STD))
         self.config = config
+        self.dtype = options.dtype
         self.remat: Remat = options.remat
 
     def __call__(
@@ -178,7 +180,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Float32 logits of final hidden states."""
-        return linear(hidden, self.head_weight(), jnp.float32)
+        return table_matmul(hidden, self.head_weight())
 
     def loss(
         self,
@@ -203,7 +205,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream that enters the first layer."""
-        h = self.embedding[...][tokens]
+        h = self.embedding[...][tokens].astype(self.dtype)
         if self.config.embedding_scale:
             h = h * jnp.asarray(math.sqrt(self.config.hidden_size), h.dtype)
         return h

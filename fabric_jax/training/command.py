@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from typing import Any
+from typing import Any, cast
 
 
 def command_line(command: str, config: Any) -> str:
@@ -31,8 +31,13 @@ def _words(flag: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
     if isinstance(value, tuple):
-        return [f"--{flag}", *map(str, value)]
+        return [f"--{flag}", *map(_word, cast(tuple[Any, ...], value))]
     return [f"--{flag}", str(value)]
+
+
+def _word(item: Any) -> str:
+    """An item of a flag that takes several; pairs are written name=number."""
+    return "=".join(map(str, cast(tuple[Any, ...], item))) if isinstance(item, tuple) else str(item)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

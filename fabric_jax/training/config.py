@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fabric_kernels.ternary_matmul import GradientBits
+
 from fabric_jax.data.config import DataConfig
 from fabric_jax.errors import FabricError
 from fabric_jax.layers.lora import LoraConfig
@@ -131,14 +133,26 @@ class FinetuneConfig(RunConfig):
     """A LoRA fine-tuning run.
 
     Attributes:
-        model: registry name (random weights) or a folder saved by fabric_jax.
-        adapter: folder of an adapter to continue from, instead of a fresh one.
+        model: registry name (random weights), a folder saved by fabric_jax or by transformers, a
+            .gguf file, or a hub id: org/name, org/name@revision, org/name/file.gguf.
+        adapter: folder or .gguf file of an adapter to continue from, instead of a fresh one.
         lora: rank, alpha, targets and the like.
+        weights: form of the base's linears; auto is packed where the model is ternary. packed for
+            a checkpoint of plain floats says that these are master weights of a ternary model.
+        embedding_dtype: of embedding and head in memory; same is dtype. Half precision takes half
+            the bytes and no more time on CPU.
+        gradient_bits: of gradients in the backward product through packed weights on CPU: 16 (fixed
+            point) takes about two thirds of the time of 24, which is as exact as float32.
+        implementation: of products with packed weights; auto picks the fastest there is.
     """
 
     model: str
     adapter: str = ""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    weights: Literal["auto", "packed", "master", "float"] = "auto"
+    embedding_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
+    gradient_bits: GradientBits = 16
+    implementation: Literal["auto", "cpu", "xla"] = "auto"
 
     def __post_init__(self) -> None:
         """Refuses numbers that can't be meant."""

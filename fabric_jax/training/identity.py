@@ -11,10 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fabric_jax.checkpoints.native import WEIGHTS
+import jax.numpy as jnp
+
+from fabric_jax.checkpoints.hub import fetch_model
 from fabric_jax.data.load import Data
 from fabric_jax.errors import FabricError
 from fabric_jax.models.decoder import DecoderDefinition
+from fabric_jax.models.registry import REGISTRY
 from fabric_jax.training.config import RunConfig
 from fabric_jax.training.optimizer import warmup_steps
 from fabric_jax.training.step import Trains
@@ -56,6 +59,8 @@ def run_identity(
         "weights": weights,
         "mode": options.mode,
         "dtype": config.dtype,
+        "embedding_dtype": jnp.dtype(options.embedding_dtype or options.dtype).name,
+        "gradient_bits": options.gradient_bits,
         "act_quant": options.act_quant,
         "lora": asdict(options.lora),
         "optimizer": optimizer,
@@ -67,12 +72,18 @@ def run_identity(
 
 
 def weights_digest(source: str, seed: int) -> str:
-    """Names base weights: SHA-256 of a folder's, or how random ones were made."""
-    path = Path(source).expanduser() / WEIGHTS
-    if not path.is_file():
+    """Names base weights: SHA-256 of the files that hold them, or how random ones were made."""
+    if source in REGISTRY:
         return f"random {source} of seed {seed}"
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise FabricError(f"cannot read {path}: {error.strerror}") from error
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = fetch_model(source)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digests: list[str] = []
+    for name in files:
+        try:
+            with name.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise FabricError(f"cannot read {name}: {error.strerror}") from error
+    return digests[0] if len(digests) == 1 else hashlib.sha256(repr(digests).encode()).hexdigest()

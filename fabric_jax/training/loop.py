@@ -5,9 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fabric_jax.checkpoints.adapters import load_adapter, notes_on, read_lora_config
 from fabric_jax.checkpoints.loading import load_base
 from fabric_jax.checkpoints.native import save_model
-from fabric_jax.checkpoints.peft import load_adapter, read_lora_config, save_adapter
+from fabric_jax.checkpoints.peft import save_adapter
 from fabric_jax.data.load import Data, load_data
 from fabric_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fabric_jax.errors import FabricError
@@ -48,6 +49,10 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Summa
             seed=config.seed,
             lora=_lora_settings(config),
             remat=config.remat,
+            mode=None if config.weights == "auto" else config.weights,
+            implementation=None if config.implementation == "auto" else config.implementation,
+            embedding_dtype=None if config.embedding_dtype == "same" else config.embedding_dtype,
+            gradient_bits=config.gradient_bits,
         )
         definition = loaded.definition
         data, _ = _load_data(config, definition.config, loaded.tokenizer_source)
@@ -71,6 +76,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Summa
             export=export,
             keep_best=True,
             resume_with=command_line("finetune", replace(config, resume="auto")),
+            notes=tuple(notes_on(config.adapter)) if config.adapter else (),
         )
 
     return train(config, prepare, console=console)
@@ -160,8 +166,12 @@ def _lora_settings(config: FinetuneConfig) -> LoraConfig:
     """
     if not config.adapter:
         return config.lora
-    stored, given, default = read_lora_config(config.adapter), config.lora, LoraConfig()
-    for name in ("rank", "alpha", "linears", "rslora"):
+    stored, given, default = (
+        read_lora_config(config.adapter, config.model),
+        config.lora,
+        LoraConfig(),
+    )
+    for name in ("rank", "alpha", "linears", "ranks", "alphas", "rslora"):
         value = getattr(given, name)
         if value not in (getattr(default, name), getattr(stored, name)):
             raise FabricError(

@@ -55,6 +55,7 @@ class Job:
         export: writes the trained tree into a folder.
         keep_best: whether to export the best state too, beside the last.
         resume_with: what the user is told to run after an interrupt.
+        notes: what else is said before the first step.
     """
 
     definition: DecoderDefinition
@@ -67,6 +68,7 @@ class Job:
     export: Callable[[Path, Tree], None]
     keep_best: bool
     resume_with: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

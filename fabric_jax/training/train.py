@@ -127,7 +127,7 @@ def _describe(console: Console, job: Job, total: int) -> None:
     ]
     if data.evaluation_summary is not None:
         lines.append(f"evaluation {data.evaluation_summary}")
-    lines.append(f"{total:,} optimizer steps")
+    lines += [*job.notes, f"{total:,} optimizer steps"]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -25,6 +25,8 @@ TARGETS = {
     "fabric_ternary_codes": "FabricTernaryCodes",
     "fabric_ternary_linear": "FabricTernaryLinear",
     "fabric_ternary_transposed": "FabricTernaryTransposed",
+    "fabric_table": "FabricTable",
+    "fabric_table_transposed": "FabricTableTransposed",
 }
 """Names of the calls for ``jax.ffi.ffi_call``, and the library's symbols."""
 

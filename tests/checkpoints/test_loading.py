@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fabric_jax.checkpoints.loading import load_base
 from fabric_jax.checkpoints.native import save_model
@@ -107,9 +108,15 @@ def test_packed_weights_have_no_masters(folder):
         load_base(folder("packed")[0], mode="master")
 
 
-def hugging_face(path):
+def foreign(path):
     path.mkdir()
-    (path / "config.json").write_text('{"model_type": "bitnet"}')
+    (path / "config.json").write_text('{"model_type": "mamba"}')
+    save_file({"x": np.ones(2, np.float32)}, path / "model.safetensors")
+
+
+def vocabulary(path):
+    path.mkdir()
+    (path / "model.gguf").write_bytes(b"GGUF")
 
 
 def adapter(path):
@@ -120,9 +127,8 @@ def adapter(path):
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
-        ("hf", hugging_face, "Hugging Face folders are not supported yet"),
-        ("model.gguf", lambda path: path.write_bytes(b"GGUF"), "GGUF files are not supported yet"),
-        ("none.gguf", lambda path: None, "which does not exist either"),
+        ("none.gguf", lambda path: None, "does not exist"),
+        ("gguf", vocabulary, r"no config\.json.*Name \S+model\.gguf itself"),
         ("adapter", adapter, "is an adapter, not a model.*Give its base model"),
         ("empty", lambda path: path.mkdir(), r"no config\.json"),
         ("file", lambda path: path.write_bytes(b""), "it is a file"),
@@ -135,7 +141,35 @@ def test_what_is_no_model(tmp_path, name, make, message):
         load_base(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert "a registry name" in str(caught.value)
-    assert "a folder saved by fabric_jax" in str(caught.value)
+    assert "a folder saved by fabric_jax or by transformers" in str(caught.value)
+
+
+def test_another_architecture(tmp_path):
+    foreign(tmp_path / "model")
+    with pytest.raises(FabricError, match=r"unknown model_type in config\.json 'mamba'.*bitnet"):
+        load_base(tmp_path / "model")
+
+
+def test_a_gguf_file_that_is_none(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(FabricError, match=r"model\.gguf"):
+        load_base(tmp_path / "model.gguf")
+
+
+def test_plain_weights_as_masters(folder):
+    path, _, base = folder("float")
+    loaded = load_base(path, mode="master")
+    assert loaded.definition.options.mode == "master"
+    assert_equal(loaded.base, base)
+
+
+def test_a_scale_that_is_none(folder):
+    path, _, _ = folder("packed")
+    tensors = load_file(path / "model.safetensors")
+    tensors["layers.mlp.up.scale"] = np.array([1, -1], np.float32)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(FabricError, match=r"layers\.mlp\.up\.scale in .* is no scale"):
+        load_base(path)
 
 
 @pytest.mark.parametrize(

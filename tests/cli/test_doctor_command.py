@@ -3,6 +3,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from fabric_kernels import cpu_library
+from fabric_kernels.cpu_library import CpuLibraryStatus
 
 from fabric_jax.measurement import health
 from fabric_jax.measurement.requirements import ACCELERATORS, MissingPart
@@ -43,3 +45,30 @@ def test_a_missing_part_comes_with_its_command(fabric, monkeypatch: pytest.Monke
     assert outcome.code == 0
     assert "the NVIDIA GPU of this machine" in outcome.out
     assert "python -m pip x" in outcome.out
+
+
+def test_the_cpu_kernels_are_shown(fabric):
+    found = cpu_library.status()
+    # Long lines are folded.
+    said = " ".join(fabric("doctor").out.split())
+    if found.library is None:
+        assert found.problem in said
+        assert found.fix in said
+    else:
+        assert found.library.isa in said
+        assert found.library.compiler in said
+
+
+def test_without_cpu_kernels_reason_and_remedy_are_shown(fabric, monkeypatch: pytest.MonkeyPatch):
+    missing = CpuLibraryStatus(library=None, problem="there is no compiler", fix="Install one")
+    monkeypatch.setattr(cpu_library, "status", lambda: missing)
+    outcome = fabric("doctor")
+    assert outcome.code == 0
+    assert "products run on XLA: there is no compiler. Install one." in outcome.out
+    found = json.loads(fabric("doctor", "--json").out)
+    assert found["cpu_kernels"] == {
+        "library": None,
+        "problem": "there is no compiler",
+        "fix": "Install one",
+    }
+    assert {device["implementation"] for device in found["devices"]} == {"xla"}

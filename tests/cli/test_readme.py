@@ -10,12 +10,13 @@ import fabric_jax
 from fabric_jax.cli.arguments import parse
 from fabric_jax.cli.evaluate import EvaluateConfig
 from fabric_jax.cli.main import COMMANDS
+from fabric_jax.conversion.config import ConvertConfig
 from fabric_jax.training.config import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 COMMAND_LINES = [line for line in README.splitlines() if line.startswith("fabric-jax ")]
-CONFIGS = {"finetune": FinetuneConfig, "evaluate": EvaluateConfig}
+CONFIGS = {"finetune": FinetuneConfig, "evaluate": EvaluateConfig, "convert": ConvertConfig}
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)

@@ -15,7 +15,7 @@ import pytest
 from fabric_kernels import build_cpu_library as builder
 from fabric_kernels import cpu_library, cpu_library_files
 from fabric_kernels.build_cpu_library import BuildError
-from fabric_kernels.cpu_library import CpuLibraryError, CpuLibraryStatus
+from fabric_kernels.cpu_library import CpuLibrary, CpuLibraryError, CpuLibraryStatus
 from fabric_kernels.cpu_library_files import LibraryFile, find_or_build, find_shipped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +39,14 @@ assert "jax" not in sys.modules
 """
 
 
+def need_compiler() -> str:
+    """The path of the compiler; skips where there is none."""
+    try:
+        return builder.find_compiler().command[0]
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("CPU", "CXXFLAGS", "ISA"):
@@ -47,8 +55,16 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FABRIC_KERNELS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(scope="session")
+def library() -> CpuLibrary:
+    """The real one, from the user's cache; the first time it is compiled there."""
+    need_compiler()
+    return cpu_library.load()
+
+
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
+    need_compiler()
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "tiny.cpp").write_text(TINY)
@@ -60,10 +76,7 @@ def sources(tmp_path: Path) -> Path:
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """CXX is a slow compiler that notes each call; returns its notes."""
-    try:
-        real = builder.find_compiler().command[0]
-    except BuildError as error:
-        pytest.skip(str(error))
+    real = need_compiler()
     notes = tmp_path / "calls"
     notes.touch()
     script = tmp_path / "slow++"
@@ -192,7 +205,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, sources: Path, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_or_build(sources) == found, "what an earlier compiler left is used"
     (sources / "tiny.h").write_text("constexpr int kAnswer = 44;")
-    with pytest.raises(BuildError, match="there is no C..compiler") as caught:
+    with pytest.raises(BuildError, match=r"there is no C\+\+ compiler") as caught:
         find_or_build(sources)
     assert "CXX" in caught.value.fix
 
@@ -266,39 +279,37 @@ def test_a_shipped_library_is_used_where_it_fits(
     assert "other sources" in str(shipped(sources, tmp_path))
 
 
-def test_the_library_loads_and_says_what_it_uses():
-    found = cpu_library.load()
+def test_the_library_loads_and_says_what_it_uses(library: CpuLibrary):
     assert cpu_library.available()
-    assert cpu_library.status() == CpuLibraryStatus(library=found)
-    assert cpu_library.load() is found
-    assert Path(found.path).is_file()
-    assert found.isa
-    assert found.compiler
+    assert cpu_library.status() == CpuLibraryStatus(library=library)
+    assert cpu_library.load() is library
+    assert Path(library.path).is_file()
+    assert library.isa
+    assert library.compiler
 
 
-def test_threads_load_once(monkeypatch: pytest.MonkeyPatch):
+def test_threads_load_once(monkeypatch: pytest.MonkeyPatch, library: CpuLibrary):
     tried: list[int] = []
-    real = cpu_library.load()
 
-    def slow() -> cpu_library.CpuLibrary:
+    def slow() -> CpuLibrary:
         tried.append(1)
         time.sleep(0.2)
-        return real
+        return library
 
     monkeypatch.setattr(cpu_library, "_status", None)
     monkeypatch.setattr(cpu_library, "_load", slow)
-    found: list[cpu_library.CpuLibrary] = []
+    found: list[CpuLibrary] = []
     threads = [threading.Thread(target=lambda: found.append(cpu_library.load())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [real] * 8
+    assert found == [library] * 8
     assert len(tried) == 1
 
 
+@pytest.mark.usefixtures("library")
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, caplog):
-    cpu_library.load()
     with monkeypatch.context() as patch:
         patch.setenv("FABRIC_KERNELS_CPU", "0")
         assert not cpu_library.available()
@@ -336,10 +347,9 @@ def test_what_fails_is_said_once_and_not_tried_again(
 
 
 def test_a_shipped_library_that_does_not_load_is_replaced(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, library: CpuLibrary, tmp_path: Path
 ):
-    working = cpu_library.load()
-    record = builder.read_record(Path(working.path))
+    record = builder.read_record(Path(library.path))
     assert record is not None
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"nothing that runs")
@@ -351,9 +361,9 @@ def test_a_shipped_library_that_does_not_load_is_replaced(
     monkeypatch.setattr(
         cpu_library,
         "find_or_build",
-        lambda: LibraryFile(path=Path(working.path), origin="built", record=record),
+        lambda: LibraryFile(path=Path(library.path), origin="built", record=record),
     )
-    assert cpu_library._load() == dataclasses.replace(working, origin="built")
+    assert cpu_library._load() == dataclasses.replace(library, origin="built")
 
     def fail() -> LibraryFile:
         raise BuildError("no compiler", "Get one")
@@ -369,16 +379,15 @@ def test_a_library_without_our_calls_is_refused(sources: Path):
         cpu_library._use(file, ctypes.CDLL(str(file.path)))
 
 
-def test_an_unknown_instruction_set_is_an_error():
+def test_an_unknown_instruction_set_is_an_error(library: CpuLibrary):
     code = "from fabric_kernels import cpu_library; print(cpu_library.status().problem)"
-    path = Path(cpu_library.load().path)
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={
             **builder.os.environ,
             "PYTHONPATH": str(ROOT / "kernels"),
             "FABRIC_KERNELS_ISA": "abacus",
-            "FABRIC_KERNELS_CACHE": str(path.parent),
+            "FABRIC_KERNELS_CACHE": str(Path(library.path).parent),
         },
         capture_output=True,
         text=True,

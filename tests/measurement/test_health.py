@@ -3,28 +3,35 @@ from pathlib import Path
 
 import jax
 import pytest
-from fabric_kernels import ternary_matmul
+from fabric_kernels import cpu_library, select_implementation
 
 from fabric_jax.measurement import health
-from fabric_jax.measurement.health import check_folder, check_health, self_test
+from fabric_jax.measurement.health import check_folder, check_health
 from fabric_jax.measurement.requirements import MissingPart, Part
 
 
 def test_this_machine_is_exact_and_can_train(tmp_path: Path):
     found = check_health(tmp_path)
     assert [device.self_test for device in found.devices] == ["exact"] * len(jax.local_devices())
-    assert {device.implementation for device in found.devices} == {"xla"}
+    assert {device.implementation for device in found.devices} == {select_implementation()}
+    assert found.cpu_kernels == cpu_library.status()
     assert found.can_train
     assert json.loads(json.dumps(found.to_dict()))["can_train"] is True
 
 
-def test_one_wrong_integer_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    def wrong(x: jax.Array, packed: jax.Array) -> jax.Array:
-        return ternary_matmul(x, packed).at[2, 3].add(1)
-
-    monkeypatch.setattr(health, "ternary_matmul", wrong)
-    assert self_test() == "1 of 895 values differ"
+def test_wrong_integers_stop_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(health, "self_test", lambda: "cpu: 1 of 9 values differ")
     assert not check_health(tmp_path).can_train
+
+
+def test_without_cpu_kernels_it_trains_on_xla(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("FABRIC_KERNELS_CPU", "0")
+    found = check_health(tmp_path)
+    assert found.cpu_kernels.library is None
+    assert "FABRIC_KERNELS_CPU=0" in found.cpu_kernels.problem
+    assert {device.implementation for device in found.devices} == {"xla"}
+    assert found.environment["FABRIC_KERNELS_CPU"] == "0"
+    assert found.can_train
 
 
 def test_a_device_that_fails_is_reported_not_raised(

@@ -37,7 +37,9 @@ def test_flags_give_the_configuration_back(data: st.DataObject) -> None:
         ),
         lora=LoraConfig(
             rank=draw(st.integers(1, 8)),
-            targets=draw(st.sampled_from([("all",), ("q", "v"), ("mlp",)])),
+            targets=draw(st.sampled_from([("all",), ("up", "v"), ("mlp", "v")])),
+            ranks=draw(st.sampled_from([(), (("up", 16),), (("v", 9), ("up", 10))])),
+            alphas=draw(st.sampled_from([(), (("v", 2.5), ("up", 3.0))])),
             rslora=draw(st.booleans()),
         ),
         optimizer=OptimizerConfig(learning_rate=draw(st.floats(1e-9, 1.0))),

@@ -1,5 +1,5 @@
 // AVX2 without VNNI: four products a lane go through int16 pairs.
-// Included inside a target("avx2,fma") region.
+// Included inside a target("avx2,fma,f16c") region.
 #pragma once
 
 #include "isa_ymm.h"

@@ -112,5 +112,14 @@ struct Isa : X86 {
   static void StoreFloats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
   static Floats SplatFloat(float v) { return _mm512_set1_ps(v); }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats AddFloats(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static float SumFloats(Floats v) { return _mm512_reduce_add_ps(v); }
+  static constexpr int kFloatTileRows = 12;
+  static Floats LoadBFloat16(const uint16_t* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static Floats LoadFloat16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
 };

@@ -112,5 +112,13 @@ struct Isa {
   static void StoreFloats(float* p, Floats v) { vst1q_f32(p, v); }
   static Floats SplatFloat(float v) { return vdupq_n_f32(v); }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+  static Floats AddFloats(Floats a, Floats b) { return vaddq_f32(a, b); }
   static float SumFloats(Floats v) { return vaddvq_f32(v); }
+  static constexpr int kFloatTileRows = 10;
+  static Floats LoadBFloat16(const uint16_t* p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+  }
+  static Floats LoadFloat16(const uint16_t* p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+  }
 };

@@ -148,5 +148,25 @@ struct Isa {
     for (int i = 0; i < 4; ++i) c.f[i] += a.f[i] * b.f[i];
     return c;
   }
+  static Floats AddFloats(Floats a, Floats b) { return MultiplyAdd(a, SplatFloat(1), b); }
   static float SumFloats(Floats v) { return (v.f[0] + v.f[1]) + (v.f[2] + v.f[3]); }
+  static constexpr int kFloatTileRows = 4;
+  static Floats LoadBFloat16(const uint16_t* p) {
+    uint32_t bits[4];
+    for (int i = 0; i < 4; ++i) bits[i] = uint32_t(p[i]) << 16;
+    Floats v;
+    std::memcpy(v.f, bits, 16);
+    return v;
+  }
+  static Floats LoadFloat16(const uint16_t* p) {
+    Floats v;
+    for (int i = 0; i < 4; ++i) {
+      const int exponent = (p[i] >> 10) & 31, fraction = p[i] & 1023;
+      float x = exponent == 31  ? (fraction ? std::nanf("") : std::numeric_limits<float>::infinity())
+                : exponent == 0 ? std::ldexp(float(fraction), -24)
+                                : std::ldexp(float(1024 + fraction), exponent - 25);
+      v.f[i] = p[i] & 0x8000 ? -x : x;
+    }
+    return v;
+  }
 };

@@ -1,5 +1,5 @@
 // What AVX2 does for 8 lanes of int32, with or without VNNI: all but the dot products.
-// Included inside a target("avx2,fma") region.
+// Included inside a target("avx2,fma,f16c") region.
 #pragma once
 
 #include "isa_x86.h"
@@ -102,9 +102,18 @@ struct Ymm : X86 {
   static void StoreFloats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
   static Floats SplatFloat(float v) { return _mm256_set1_ps(v); }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats AddFloats(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static float SumFloats(Floats v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+  static constexpr int kFloatTileRows = 6;
+  static Floats LoadBFloat16(const uint16_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static Floats LoadFloat16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 };

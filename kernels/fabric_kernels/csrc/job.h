@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "table.h"
+
 namespace fabric {
 
 // Byte layouts of fabric_kernels/packing.py.
@@ -79,6 +81,7 @@ struct Kernels {
   void (*outer)(const float* narrow, const float* x, int64_t rows, int64_t rank, int64_t width,
                 int64_t at, float* out);
   int outer_columns;
+  const TableKernels* table;
 };
 
 // The table of an instruction set, or null where the compiler could not target it.

@@ -1,7 +1,7 @@
 #include "includes.h"
 
 #if defined(__x86_64__)
-FABRIC_TARGET_BEGIN("avx2,fma")
+FABRIC_TARGET_BEGIN("avx2,fma,f16c")
 namespace fabric {
 namespace {
 #include "isa_avx2.h"

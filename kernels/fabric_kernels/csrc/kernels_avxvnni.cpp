@@ -2,7 +2,7 @@
 
 // The first compilers that know the instruction.
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-FABRIC_TARGET_BEGIN("avx2,fma,avxvnni")
+FABRIC_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 namespace fabric {
 namespace {
 #include "isa_avxvnni.h"

@@ -15,8 +15,10 @@ inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 #include "fields_impl.h"
 #include "few_rows_impl.h"
 #include "tile_impl.h"
+#include "table_impl.h"
 
 constexpr Kernels MakeTable(const char* name) {
   return {name,     Isa::kTileRows, kLanes,      &Steps,       &OperandBytes, &Prepare,
-          &Units,   &RunUnit,       &RunFewRows, &OuterUnits,  &OuterUnit,    kOuterColumns};
+          &Units,   &RunUnit,       &RunFewRows, &OuterUnits,  &OuterUnit,    kOuterColumns,
+          &kTableKernels};
 }

@@ -17,7 +17,9 @@ namespace {
 #if defined(__x86_64__)
 bool RunsAvx2() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned eax, ebx, ecx = 0, edx;  // not every compiler knows f16c by name
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
 }
 
 bool RunsAvxVnni() {

@@ -3,7 +3,7 @@
 #include "includes.h"
 
 #if defined(__x86_64__)
-FABRIC_TARGET_BEGIN("avx2,fma,avx512f,avx512vl,avx512vnni")
+FABRIC_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")
 namespace fabric {
 namespace {
 #define FABRIC_VPDPBUSD "vpdpbusd"

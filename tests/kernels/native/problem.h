@@ -5,10 +5,11 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <random>
+#include <string>
 #include <vector>
 
 #include "job.h"
+#include "random.h"
 
 using fabric::Format;
 
@@ -20,25 +21,13 @@ struct Shape {
   int64_t rank;    // of the adapters; 0 for none
   int64_t m, k;
   std::vector<int64_t> n;
-};
 
-// Numbers that are the same on every machine.
-class Random {
- public:
-  int64_t Below(int64_t n) { return int64_t(engine_() % uint64_t(n)); }
-  // Of magnitudes up to one, most of them far smaller.
-  float Float() {
-    const float sign = Below(2) ? 1.0f : -1.0f;
-    return std::ldexp(sign * float(Below(1 << 20)) / float(1 << 20), -int(Below(12)));
+  std::string Name() const {
+    return std::string(codes ? "codes" : transposed ? "transposed" : "linear") + " format " +
+           std::to_string(int(format)) + " digits " + std::to_string(digits) + " rank " +
+           std::to_string(rank) + " m " + std::to_string(m) + " n " + std::to_string(n[0]) +
+           " groups " + std::to_string(n.size()) + " k " + std::to_string(k);
   }
-  std::vector<float> Floats(int64_t n) {
-    std::vector<float> x(static_cast<size_t>(n));
-    for (float& v : x) v = Float();
-    return x;
-  }
-
- private:
-  std::mt19937 engine_{7};
 };
 
 inline int64_t RowBytes(Format format, int64_t k) {
@@ -134,7 +123,6 @@ inline Problem MakeProblem(Random& random, const Shape& shape) {
   job.rows = shape.m;
   FillInputs(random, shape, problem);
   problem.groups.resize(shape.n.size());
-  const float nan = std::numeric_limits<float>::quiet_NaN();
   for (size_t g = 0; g < shape.n.size(); ++g) {
     Group& group = problem.groups[g];
     const int64_t n = shape.n[g];
@@ -149,12 +137,11 @@ inline Problem MakeProblem(Random& random, const Shape& shape) {
     if (shape.rank > 0) {
       group.a = random.Floats(shape.rank * shape.k);
       group.b = random.Floats(shape.rank * n);
-      group.narrow.assign(size_t(shape.m * shape.rank), nan);
+      group.narrow.assign(size_t(shape.m * shape.rank), kUnwritten);
       job.adapter[g] = {shape.rank, group.a.data(), group.b.data(), 2.0f, group.narrow.data()};
     }
     if (!shape.codes && (g == 0 || !shape.transposed)) {
-      // A number that no result is: what is not written is seen.
-      group.out.assign(size_t(shape.m * (shape.transposed ? shape.k : n)), 1.5e38f);
+      group.out.assign(size_t(shape.m * (shape.transposed ? shape.k : n)), kUnwritten);
       job.out[g] = group.out.data();
     }
   }

@@ -1,0 +1,214 @@
+"""From a source to the base tree: leaf by leaf, layer by layer, straight into the final format.
+
+Every leaf is one buffer on the host. On CPU the array of jax is that very buffer; elsewhere the
+buffer is given up as soon as the device has its copy. Beside the leaves there is never more than
+one matrix of one layer, or a few rows of a table.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fabric_jax.checkpoints.arrays import HostArray, Layout, layouts
+from fabric_jax.checkpoints.source import ALL_ROWS, ModelSource, TernaryMatrix
+from fabric_jax.errors import FabricError
+from fabric_jax.layers.bit_linear import BaseMode
+from fabric_jax.models.config import ModelConfig
+from fabric_jax.models.decoder import DecoderDefinition
+from fabric_jax.models.initialize import Tree, nest
+from fabric_jax.models.packing import pack_stack
+from fabric_jax.quantization.absmax import ActQuant
+
+ALIGNMENT = 64
+"""Of buffers that jax takes over on CPU."""
+TABLE_BLOCK_BYTES = 1 << 22
+SCRATCH_BYTES = 1 << 28
+WORKERS = min(4, os.cpu_count() or 1)
+
+
+def base_layouts(definition: DecoderDefinition) -> dict[str, Layout]:
+    """Shape and dtype of each base weight, by dotted name."""
+    return layouts(nnx.to_pure_dict(definition.base))
+
+
+def assemble_base(definition: DecoderDefinition, source: ModelSource) -> Tree:
+    """Reads all base weights of a decoder, to the default device.
+
+    Args:
+        definition: whose config and mode are those of ``source``.
+        source: where the tensors come from.
+
+    Raises:
+        FabricError: the source is of another form, or a tensor can't be read.
+    """
+    if definition.options.mode != source.form:
+        raise FabricError(
+            f"{source.origin} holds {source.form} weights",
+            expected=f"the mode {definition.options.mode!r}",
+        )
+    expected = base_layouts(definition)
+    leaves: list[tuple[tuple[str, ...], jax.Array]] = []
+
+    def keep(name: str, buffer: HostArray) -> None:
+        leaves.append((tuple(name.split(".")), _to_device(buffer)))
+
+    linears = {f"layers.{path}.weight": path for path in definition.config.linear_shapes}
+    scales = {f"layers.{path}.scale" for path in linears.values()}
+    # Tables first: while they are read, little else is there yet.
+    for name, layout in sorted(expected.items(), key=lambda item: item[0].startswith("layers.")):
+        if name in scales:
+            continue
+        buffer = _aligned(layout)
+        if name not in linears:
+            _read_tensor(source, name, buffer)
+        elif source.form == "packed":
+            keep(f"layers.{linears[name]}.scale", _read_packed(source, linears[name], buffer))
+        else:
+            _read_floats(source, linears[name], buffer)
+        keep(name, buffer)
+    return nest(leaves)
+
+
+def in_form(source: ModelSource, mode: BaseMode | None) -> ModelSource:
+    """The source with its linears in another form, where that is one that they can have.
+
+    Masters can be packed; plain floats that are said to be masters are masters.
+
+    Args:
+        source: any.
+        mode: the form; None: packed where the model is ternary, float otherwise.
+
+    Raises:
+        FabricError: packed weights have no masters, and ternary ones are no plain floats.
+    """
+    wanted = mode or ("float" if source.form == "float" else "packed")
+    if wanted == source.form:
+        return source
+    if source.form == "packed" or wanted == "float":
+        raise FabricError(
+            f"{source.origin} holds {source.form} weights, which can't be turned into {wanted} ones"
+        )
+    return _Changed(source=source, config=replace(source.config, ternary=True), form=wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Changed:
+    """A source of floats as masters, or packed."""
+
+    source: ModelSource
+    config: ModelConfig
+    form: BaseMode
+    lock: Any = field(default_factory=threading.Lock)
+
+    @property
+    def act_quant(self) -> ActQuant:
+        return self.source.act_quant
+
+    @property
+    def tokenizer_source(self) -> str:
+        return self.source.tokenizer_source
+
+    @property
+    def origin(self) -> str:
+        return self.source.origin
+
+    def linear(self, path: str, layer: int) -> TernaryMatrix | HostArray:
+        if self.form != "packed":
+            return self.source.linear(path, layer)
+        with self.lock:  # One float matrix at a time; the quantiser uses all cores.
+            matrix = self.source.linear(path, layer)
+            return matrix if isinstance(matrix, TernaryMatrix) else quantize_matrix(matrix)
+
+    def tensor(self, name: str, layer: int | None = None, *, rows: slice = ALL_ROWS) -> HostArray:
+        return self.source.tensor(name, layer, rows=rows)
+
+
+def quantize_matrix(master: HostArray) -> TernaryMatrix:
+    """Packed absmean codes and scale of one master matrix [N, K], by the forward pass's rule."""
+    # As a stack of one, since that is what was compiled for the packing of whole models; and in
+    # float32 on the host, where jax reads it without a copy.
+    stack = _aligned(Layout(shape=(1, *master.shape), dtype="float32"))
+    np.copyto(stack[0], master)
+    packed, scales = pack_stack(_to_device(stack))
+    return TernaryMatrix(packed=np.asarray(packed)[0], scale=float(scales[0]), k=master.shape[1])
+
+
+def _read_packed(source: ModelSource, path: str, buffer: HostArray) -> HostArray:
+    """Fills the packed stack of one linear; its scales [L]."""
+    scales = np.empty(len(buffer), np.float32)
+
+    def read(layer: int) -> None:
+        matrix = source.linear(path, layer)
+        assert isinstance(matrix, TernaryMatrix)
+        _copy(source, f"{path} of layer {layer}", matrix.packed, buffer[layer])
+        scales[layer] = matrix.scale
+
+    _for_each(read, range(len(buffer)), 2 * buffer[0].nbytes)
+    return scales
+
+
+def _read_floats(source: ModelSource, path: str, buffer: HostArray) -> None:
+    def read(layer: int) -> None:
+        matrix = source.linear(path, layer)
+        assert not isinstance(matrix, TernaryMatrix)
+        _copy(source, f"{path} of layer {layer}", matrix, buffer[layer])
+
+    _for_each(read, range(len(buffer)), 2 * buffer[0].nbytes)
+
+
+def _read_tensor(source: ModelSource, name: str, buffer: HostArray) -> None:
+    if name.startswith("layers."):
+        for layer in range(len(buffer)):
+            _copy(source, f"{name}, layer {layer}", source.tensor(name, layer), buffer[layer])
+        return
+    step = max(1, TABLE_BLOCK_BYTES * len(buffer) // max(1, buffer.nbytes))
+
+    def read(start: int) -> None:
+        rows = slice(start, min(start + step, len(buffer)))
+        _copy(source, name, source.tensor(name, rows=rows), buffer[rows])
+
+    _for_each(read, range(0, len(buffer), step), 2 * TABLE_BLOCK_BYTES)
+
+
+def _copy(source: ModelSource, what: str, found: HostArray, place: HostArray) -> None:
+    """Copies with a cast between float dtypes."""
+    if found.shape != place.shape:
+        raise FabricError(
+            f"{what} in {source.origin} has another shape",
+            expected=str(list(place.shape)),
+            found=str(list(found.shape)),
+        )
+    np.copyto(place, found, casting="unsafe")
+
+
+def _for_each(read: Callable[[int], None], items: Iterable[int], scratch: int) -> None:
+    """Calls ``read``, which needs ``scratch`` bytes, on some threads: it waits for the disk."""
+    with ThreadPoolExecutor(max(1, min(WORKERS, SCRATCH_BYTES // scratch))) as pool:
+        try:
+            for _ in pool.map(read, items):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _aligned(layout: Layout) -> HostArray:
+    """An uninitialised array that jax can take over on CPU."""
+    dtype = np.dtype(layout.dtype)
+    size = int(np.prod(layout.shape)) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(layout.shape)
+
+
+def _to_device(buffer: HostArray) -> jax.Array:
+    """The array of jax; on CPU it is ``buffer``, which nobody else may then change."""
+    array: Any = jax.device_put(buffer, may_alias=True)
+    return jax.block_until_ready(array)

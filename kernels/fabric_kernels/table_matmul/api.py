@@ -1,0 +1,137 @@
+"""Products of activations with a table [N, K] that is stored in its own dtype.
+
+XLA on CPU would widen a whole half-precision table to float32 beside it, and hoists that copy out
+of any loop over tiles; the kernel widens panels that fit the cache.
+"""
+
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fabric_kernels import cpu_library
+
+Implementation = Literal["xla", "cpu"]
+CPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def table_matmul(
+    x: jax.Array, table: jax.Array, *, implementation: Implementation | None = None
+) -> jax.Array:
+    """``x[..., K] · table[N, K]^T`` as float32 [..., N].
+
+    The table is multiplied as it is; with a float32 ``x`` nothing is rounded before the product.
+    Differentiable in both; the gradient by the table is a dense [N, K].
+
+    Args:
+        x: [..., K], floats.
+        table: [N, K], floats.
+        implementation: ``cpu`` or ``xla``; None picks. A named one runs or raises.
+
+    Raises:
+        ValueError: the shapes do not fit, or the implementation is unknown.
+    """
+    _check(x, table, 1)
+    return _product(_on_cpu(table, implementation), x, table)
+
+
+def table_matmul_transposed(
+    g: jax.Array, table: jax.Array, *, implementation: Implementation | None = None
+) -> jax.Array:
+    """``g[..., N] · table[N, K]`` as float32 [..., K]; otherwise as :func:`table_matmul`."""
+    _check(g, table, 0)
+    return _transposed(_on_cpu(table, implementation), g, table)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(on_cpu: bool, x: jax.Array, table: jax.Array) -> jax.Array:
+    if not on_cpu:
+        return _dot(x, table, 1)
+    out = jax.ShapeDtypeStruct((*x.shape[:-1], table.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call("fabric_table", out, vmap_method="sequential")
+    return call(x.astype(jnp.float32), table)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _transposed(on_cpu: bool, g: jax.Array, table: jax.Array) -> jax.Array:
+    if not on_cpu:
+        return _dot(g, table, 0)
+    out = jax.ShapeDtypeStruct((*g.shape[:-1], table.shape[1]), jnp.float32)
+    call = jax.ffi.ffi_call("fabric_table_transposed", out, vmap_method="sequential")
+    return call(g.astype(jnp.float32), table)
+
+
+_Pair = tuple[jax.Array, jax.Array]
+
+
+def _product_fwd(on_cpu: bool, x: jax.Array, table: jax.Array) -> tuple[jax.Array, _Pair]:
+    return _product(on_cpu, x, table), (x, table)
+
+
+def _product_bwd(on_cpu: bool, residuals: _Pair, g: jax.Array) -> _Pair:
+    x, table = residuals
+    dx: jax.Array = _transposed(on_cpu, g.astype(x.dtype), table)
+    return dx.astype(x.dtype), _outer(g, x).astype(table.dtype)
+
+
+def _transposed_fwd(on_cpu: bool, g: jax.Array, table: jax.Array) -> tuple[jax.Array, _Pair]:
+    return _transposed(on_cpu, g, table), (g, table)
+
+
+def _transposed_bwd(on_cpu: bool, residuals: _Pair, h: jax.Array) -> _Pair:
+    g, table = residuals
+    dg: jax.Array = _product(on_cpu, h.astype(g.dtype), table)
+    return dg.astype(g.dtype), _outer(g, h).astype(table.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+_transposed.defvjp(_transposed_fwd, _transposed_bwd)
+
+
+def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
+    """``left[..., n]^T · right[..., k]``, [n, k], summed over rows in float32."""
+    rows = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+    return lax.dot_general(
+        rows[0].astype(jnp.float32),
+        rows[1].astype(jnp.float32),
+        (((0,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+    )
+
+
+def _on_cpu(table: jax.Array, implementation: Implementation | None) -> bool:
+    if implementation is None:
+        # A dtype that the kernel doesn't know is no reason to fail where nobody asked for it.
+        known = any(table.dtype == dtype for dtype in CPU_DTYPES)
+        if not (known and jax.default_backend() == "cpu" and cpu_library.available()):
+            return False
+        cpu_library.load()
+        return True
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"table_matmul has the implementations {', '.join(get_args(Implementation))}; "
+            f"found {implementation!r}"
+        )
+    if implementation == "cpu":
+        cpu_library.load()
+    return implementation == "cpu"
+
+
+def _check(x: jax.Array, table: jax.Array, axis: int) -> None:
+    if table.ndim != 2 or x.shape[-1] != table.shape[axis]:
+        raise ValueError(
+            f"the last axis of x and axis {axis} of a table [N, K] are contracted, "
+            f"found {list(x.shape)} and {list(table.shape)}"
+        )
+
+
+def _dot(x: jax.Array, table: jax.Array, axis: int) -> jax.Array:
+    return lax.dot_general(
+        x,
+        table.astype(x.dtype),
+        (((x.ndim - 1,), (axis,)), ((), ())),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
