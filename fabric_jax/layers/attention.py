@@ -1,9 +1,9 @@
 """Causal self-attention with grouped key/value heads."""
 
 import jax
-import jax.numpy as jnp
+from fabric_kernels.attention import Angles, attention
+from fabric_kernels.ternary_matmul import Implementation
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
@@ -17,24 +17,18 @@ def attend(
     v: Float[Array, "B S K hd"],
     mask: Bool[Array, "B T S"],
     scale: float | None = None,
+    *,
+    angles: Angles | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T H hd"]:
     """``softmax(scale · q·k^T)·v`` where ``mask`` is true; the softmax in float32.
 
-    Without a scale it is ``1 / sqrt(hd)``.
+    Without a scale it is ``1 / sqrt(hd)``. With angles q and k are turned first, see
+    :func:`fabric_jax.layers.rope.rotary_angles`. ``implementation`` says what runs; ``None`` picks.
     Query heads share key/value heads in order: head h reads h // (H / K). A query that sees nothing
     (padding) gets the mean of all values, which nothing reads.
     """
-    groups = q.shape[2] // k.shape[2]
-    q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[-1])
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        "btkgd,bskd->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32
-    )
-    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=precision)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+    return attention(q, k, v, mask, scale=scale, angles=angles, implementation=implementation)
 
 
 class Attention(nnx.Module):
@@ -63,7 +57,14 @@ class Attention(nnx.Module):
             if eps is None:
                 return None
             dtype, stack = options.dtype, options.stack
-            return RMSNorm(size, eps=eps, dtype=dtype, stack=stack, offset=norm_offset)
+            return RMSNorm(
+                size,
+                eps=eps,
+                dtype=dtype,
+                stack=stack,
+                offset=norm_offset,
+                implementation=options.implementation,
+            )
 
         self.q_norm = norm(head_dim, qk_norm_eps)
         self.k_norm = norm(head_dim, qk_norm_eps)
@@ -73,17 +74,22 @@ class Attention(nnx.Module):
     def project(
         self,
         x: Float[Array, "B T D"],
-        angles: tuple[jax.Array, jax.Array],
+        angles: Angles | None,
         context: LayerContext | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values [B, T, heads, hd], queries and keys normalised and turned."""
+        """Queries, keys and values [B, T, heads, hd], queries and keys normalised and turned.
+
+        Without angles they are not turned: :func:`attend` does it.
+        """
         q, k, v = (
             y.reshape(*x.shape[:2], -1, self.head_dim)
             for y in apply_together([self.q, self.k, self.v], x, context)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, angles), rotate(k, angles), v
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return q, k, v
 
     def close(self, heads: Float[Array, "B T H hd"], context: LayerContext | None) -> jax.Array:
         """Joins the heads to [B, T, D]."""

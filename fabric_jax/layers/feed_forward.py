@@ -6,6 +6,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from fabric_kernels import gated_product
+from fabric_kernels.ternary_matmul import Implementation
 from flax import nnx
 
 from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
@@ -52,14 +54,28 @@ class FeedForward(nnx.Module):
                 dtype=options.dtype,
                 stack=options.stack,
                 offset=norm_offset,
+                implementation=options.implementation,
             )
         )
         self.activation: Activation = activation
+        self.implementation: Implementation | None = options.implementation
 
     def __call__(self, x: jax.Array, context: LayerContext | None = None) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
         gate, up = apply_together([self.gate, self.up], x, context)
-        product = ACTIVATIONS[self.activation](gate) * up
-        if self.sub_norm is not None:
-            product = self.sub_norm(product)
-        return self.down(product, context)
+        return self.down(self.combine(gate, up), context)
+
+    def combine(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """The normalised gated product, [B, T, F]."""
+        norm = self.sub_norm
+        if self.activation == "gelu" or (norm is not None and norm.offset):
+            product = ACTIVATIONS[self.activation](gate) * up
+            return product if norm is None else norm(product)
+        return gated_product(
+            gate,
+            up,
+            self.activation,
+            None if norm is None else norm.gain[...],
+            0.0 if norm is None else norm.eps,
+            implementation=self.implementation,
+        )

@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+from fabric_kernels import rms_norm
+from fabric_kernels.ternary_matmul import Implementation
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -24,17 +26,19 @@ class RMSNorm(nnx.Module):
         dtype: DTypeLike,
         stack: tuple[int, ...] = (),
         offset: float = 0.0,
+        implementation: Implementation | None = None,
     ) -> None:
         """Declares the gain, [size] in each layer of ``stack``."""
         self.gain = declare_base((size,), dtype, Constant(1.0 - offset), stack=stack)
         self.eps = eps
         self.offset = offset
+        self.implementation: Implementation | None = implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of ``x`` [..., size]."""
+        if not self.offset:
+            return rms_norm(x, self.gain[...], self.eps, implementation=self.implementation)
         wide = x.astype(jnp.float32)
         normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        gain = jnp.expand_dims(self.gain[...], range(x.ndim - 1))
-        if self.offset:
-            return (normal * (self.offset + gain.astype(jnp.float32))).astype(x.dtype)
-        return normal.astype(x.dtype) * gain.astype(x.dtype)
+        gain = jnp.expand_dims(self.gain[...], range(x.ndim - 1)).astype(jnp.float32)
+        return (normal * (self.offset + gain)).astype(x.dtype)

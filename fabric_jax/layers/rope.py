@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
+from fabric_kernels.attention import rotate as rotate
 from jaxtyping import Array, Float, Int32
 from numpy.typing import NDArray
 
@@ -104,13 +105,3 @@ def rotary_angles(
     frequencies = jnp.asarray(rotary_frequencies(head_dim, theta, scaling))
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "B T H hd"],
-    angles: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
-) -> Float[Array, "B T H hd"]:
-    """Turns channel i against channel i + hd/2 of every head, in the dtype of ``x``."""
-    cos, sin = (part.astype(x.dtype)[:, :, None, :] for part in angles)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

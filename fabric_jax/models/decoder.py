@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, get_args
 import jax
 import jax.numpy as jnp
 from fabric_kernels import table_matmul
+from fabric_kernels.attention import Angles
 from fabric_kernels.ternary_matmul import NARROW_PRODUCT, GradientBits, Implementation
 from flax import nnx
 from jax import lax
@@ -73,7 +74,7 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, options: LinearOptions) -> None:
         """Declares the parameters, stacked as ``options.stack`` says."""
         sub_norm_eps = config.norm_eps if config.sub_norms else None
-        norm = partial(_norm, config, options.dtype, options.stack)
+        norm = partial(_norm, config, options, options.stack)
         self.attention_norm = norm()
         self.attention = Attention(
             hidden_size=config.hidden_size,
@@ -98,9 +99,9 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def project(
-        self, h: jax.Array, angles: tuple[jax.Array, jax.Array], context: LayerContext | None
+        self, h: jax.Array, angles: Angles | None, context: LayerContext | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values of the residual stream ``h`` [B, T, D]."""
+        """Queries, keys and values of the residual stream ``h`` [B, T, D]; see ``Attention``."""
         return self.attention.project(self.attention_norm(h), angles, context)
 
     def combine(
@@ -120,14 +121,17 @@ class Block(nnx.Module):
         return h + change
 
 
-def _norm(config: ModelConfig, dtype: DTypeLike, stack: tuple[int, ...]) -> RMSNorm:
+def _norm(
+    config: ModelConfig, options: LinearOptions | DecoderOptions, stack: tuple[int, ...]
+) -> RMSNorm:
     """A norm of the residual stream."""
     return RMSNorm(
         config.hidden_size,
         eps=config.norm_eps,
-        dtype=dtype,
+        dtype=options.dtype,
         stack=stack,
         offset=config.norm_offset,
+        implementation=options.implementation,
     )
 
 
@@ -152,11 +156,15 @@ class Decoder(nnx.Module):
         table_dtype = options.embedding_dtype or options.dtype
         self.embedding = declare_base(table, table_dtype, Normal(INIT_STD))
         self.layers = Block(config, stacked)
-        self.final_norm = _norm(config, options.dtype, ())
+        self.final_norm = _norm(config, options, ())
         self.head = None if config.tied_head else declare_base(table, table_dtype, Normal(INIT_STD))
         self.config = config
         self.dtype = options.dtype
         self.remat: Remat = options.remat
+        # The implementation is named for packed products; others have no choice of theirs.
+        self.attention_runs: Implementation | None = (
+            options.implementation if options.mode == "packed" else None
+        )
 
     def __call__(
         self,
@@ -233,11 +241,16 @@ class Decoder(nnx.Module):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             context = LayerContext(index=index, dropout_key=key)
             view = views.at(index)
-            q, k, v = block.project(h, view.angles, context)
+            # A cache holds keys that are turned; without one it is left to the attention.
+            early, late = (None, view.angles) if cache is None else (view.angles, None)
+            q, k, v = block.project(h, early, context)
             if cache is not None:
                 cache = cache.write(index, positions, k, v)
                 k, v = cache.read(index, h.dtype)
-            return (block.combine(h, attend(q, k, v, view.mask, scale), context), cache), None
+            attended = attend(
+                q, k, v, view.mask, scale, angles=late, implementation=self.attention_runs
+            )
+            return (block.combine(h, attended, context), cache), None
 
         match self.remat:
             case "none":

@@ -1,8 +1,11 @@
 """Kernels for packed ternary weights. Knows jax only; usable without fabric_jax."""
 
 from fabric_kernels.absmax import absmax_quantize as absmax_quantize
+from fabric_kernels.attention import attention as attention
 from fabric_kernels.low_rank import LowRank as LowRank
 from fabric_kernels.low_rank import low_rank_product as low_rank_product
+from fabric_kernels.norm import gated_product as gated_product
+from fabric_kernels.norm import rms_norm as rms_norm
 from fabric_kernels.packing import Packing as Packing
 from fabric_kernels.packing import bits_per_weight as bits_per_weight
 from fabric_kernels.packing import pack as pack

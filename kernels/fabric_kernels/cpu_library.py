@@ -27,6 +27,10 @@ TARGETS = {
     "fabric_ternary_transposed": "FabricTernaryTransposed",
     "fabric_table": "FabricTable",
     "fabric_table_transposed": "FabricTableTransposed",
+    "fabric_norm": "FabricNorm",
+    "fabric_norm_gradient": "FabricNormGradient",
+    "fabric_attention": "FabricAttention",
+    "fabric_attention_transposed": "FabricAttentionTransposed",
 }
 """Names of the calls for ``jax.ffi.ffi_call``, and the library's symbols."""
 

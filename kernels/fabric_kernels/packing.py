@@ -85,7 +85,7 @@ def pack_ternary2(codes: Int8[Array, "*stack n k"]) -> UInt8[Array, "*stack n k/
     pad = packed_width(k) * CODES_PER_BYTE - k
     fields = (codes.astype(jnp.int8) + 1).astype(jnp.uint8)
     fields = jnp.pad(fields, [(0, 0)] * (codes.ndim - 1) + [(0, pad)], constant_values=1)
-    fields = fields.reshape(*codes.shape[:-1], -1, CODES_PER_BYTE)
+    fields = fields.reshape(*codes.shape[:-1], packed_width(k), CODES_PER_BYTE)
     return jnp.sum(fields << _shifts(fields.ndim), axis=-1, dtype=jnp.uint8)
 
 
@@ -99,7 +99,7 @@ def unpack_ternary2(
             f"found {packed.shape[-1]}"
         )
     fields = (packed[..., None] >> _shifts(packed.ndim + 1)) & jnp.uint8(3)
-    fields = fields.reshape(*packed.shape[:-1], -1)
+    fields = fields.reshape(*packed.shape[:-1], CODES_PER_BYTE * packed.shape[-1])
     return (fields.astype(dtype) - jnp.asarray(1, dtype))[..., :k]
 
 

@@ -18,9 +18,10 @@ import pytest
 from fabric_kernels.build_cpu_library import SOURCES, BuildError, find_compiler
 
 NATIVE = Path(__file__).with_name("native")
-FILES = [*sorted(SOURCES.glob("kernels_*.cpp")), SOURCES / "select.cpp", *NATIVE.glob("*.cpp")]
+KERNELS = [*sorted(SOURCES.glob("kernels_*.cpp")), *sorted(NATIVE.glob("kernels_*.cpp"))]
+REFERENCE = [SOURCES / "select.cpp", NATIVE / "main.cpp", *sorted(NATIVE.glob("check_*.cpp"))]
 ISAS = ("avx512vnni", "avxvnni", "avx2", "neon", "portable")  # fastest first
-SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
@@ -38,17 +39,18 @@ def run(command: Sequence[str | Path], **environment: str) -> subprocess.Complet
 
 
 def compile_all(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> list[Path]:
-    """Object files of the kernels and the program."""
+    """Object files of the kernels, with ``flags``, and of what they are compared with."""
 
     def step(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        base = (*compiler, "-std=c++17", *flags, "-I", str(SOURCES), "-c")
+        own = flags if source in KERNELS else ("-O2",)
+        base = (*compiler, "-std=c++17", *own, "-I", str(SOURCES), "-c")
         done = run((*base, source, "-o", target))
         assert done.returncode == 0, done.stdout
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(step, FILES))
+        return list(pool.map(step, KERNELS + REFERENCE))
 
 
 def link(compiler: Sequence[str], flags: Sequence[str], objects: list[Path], to: Path) -> Path:

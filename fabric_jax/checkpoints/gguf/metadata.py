@@ -23,7 +23,7 @@ from fabric_jax.layers.feed_forward import Activation
 from fabric_jax.layers.rope import RopeScaling
 from fabric_jax.models.config import ModelConfig
 
-MAX_WORD = 80
+MAX_WORD = 200
 T = TypeVar("T", int, float, str, bool)
 
 OWN = "fabric_jax."

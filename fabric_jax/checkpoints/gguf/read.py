@@ -135,10 +135,10 @@ def open_gguf(path: str | Path) -> GgufModel:
     path = Path(path)
     file = read_gguf(path)
     metadata = Metadata(path=str(path), values=file.metadata)
-    if metadata.word("general.type", "model") != "model":
+    if (kind := metadata.word("general.type", "model")) != "model":
         raise FabricError(
             f"{path} holds no model",
-            found=f"general.type {metadata.word('general.type')}",
+            found=f"general.type {kind}",
             fix="Give its base model here, and this file as the adapter",
         )
     architecture = read_architecture(metadata)

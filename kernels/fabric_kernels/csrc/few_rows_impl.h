@@ -7,8 +7,11 @@ constexpr int kWeightRows = 4;  // rows of weights in flight
 
 // Rows of weights in one piece of work: about 64 KB of them.
 inline int64_t FewRowsUnit(const Matrix& matrix) {
-  return RoundUp(std::max<int64_t>(1, 65536 / matrix.row_bytes), kWeightRows);
+  return RoundUp(65536 / std::clamp<int64_t>(matrix.row_bytes, 1, 65536), kWeightRows);
 }
+
+// Codes in a row whose products with one row of digits, 256 times as large, fit a lane of int32.
+constexpr int64_t kOneRowCodes = int64_t{kLanes} << 15;
 
 // sums[r][i] = digits of row r . fields of weight row i (codes + 1).
 using FewRowsSums = int32_t[kFewRows][kWeightRows];
@@ -177,7 +180,7 @@ void FewRowsDispatch(const Job& job, const Operand& operand, const WeightRows& r
   const int64_t stride = RowChunks(job) * Planes(job.format) * kLanes;
   const int32_t* digits = operand.dwords;
   const bool two_bits = job.format == Format::kTernary2;
-  if (operand.rows == 1 && Isa::kWideDot) {
+  if (operand.rows == 1 && Isa::kWideDot && job.k < kOneRowCodes) {
     return two_bits ? OneRowTernary2(digits, rows, row_bytes, ahead, sums)
                     : OneRowTernary1_6(digits, rows, row_bytes, ahead, sums);
   }

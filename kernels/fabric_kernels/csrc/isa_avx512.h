@@ -113,6 +113,16 @@ struct Isa : X86 {
   static Floats SplatFloat(float v) { return _mm512_set1_ps(v); }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats AddFloats(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats SubFloats(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static Floats MulFloats(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats DivFloats(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static Floats MaxFloats(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static Floats MinFloats(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+  static float MaxLaneFloat(Floats v) { return _mm512_reduce_max_ps(v); }
+  // Round to the nearest whole number, and back.
+  static Vec RoundToInt(Floats v) { return _mm512_cvtps_epi32(v); }
+  static Floats IntToFloats(Vec v) { return _mm512_cvtepi32_ps(v); }
+  static Floats FromBits(Vec v) { return _mm512_castsi512_ps(v); }
   static float SumFloats(Floats v) { return _mm512_reduce_add_ps(v); }
   static constexpr int kFloatTileRows = 12;
   static Floats LoadBFloat16(const uint16_t* p) {

@@ -113,6 +113,16 @@ struct Isa {
   static Floats SplatFloat(float v) { return vdupq_n_f32(v); }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
   static Floats AddFloats(Floats a, Floats b) { return vaddq_f32(a, b); }
+  static Floats SubFloats(Floats a, Floats b) { return vsubq_f32(a, b); }
+  static Floats MulFloats(Floats a, Floats b) { return vmulq_f32(a, b); }
+  static Floats DivFloats(Floats a, Floats b) { return vdivq_f32(a, b); }
+  static Floats MaxFloats(Floats a, Floats b) { return vmaxq_f32(a, b); }
+  static Floats MinFloats(Floats a, Floats b) { return vminq_f32(a, b); }
+  static float MaxLaneFloat(Floats v) { return vmaxvq_f32(v); }
+  // Round to the nearest whole number, and back.
+  static Vec RoundToInt(Floats v) { return vcvtnq_s32_f32(v); }
+  static Floats IntToFloats(Vec v) { return vcvtq_f32_s32(v); }
+  static Floats FromBits(Vec v) { return vreinterpretq_f32_s32(v); }
   static float SumFloats(Floats v) { return vaddvq_f32(v); }
   static constexpr int kFloatTileRows = 10;
   static Floats LoadBFloat16(const uint16_t* p) {

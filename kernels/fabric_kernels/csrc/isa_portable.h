@@ -68,7 +68,8 @@ struct Isa {
     return Map<int32_t>(a, a, [](int32_t x, int32_t) { return x >> kBits; });
   }
 
-  static void Dot(Vec& acc, Vec w, Vec a) {
+  // Not inlined: hundreds of copies of this loop would take most of the library's compilation.
+  __attribute__((noinline)) static void Dot(Vec& acc, Vec w, Vec a) {
     int8_t digits[16];
     uint32_t lanes[4];
     std::memcpy(digits, a.b, 16);
@@ -149,6 +150,45 @@ struct Isa {
     return c;
   }
   static Floats AddFloats(Floats a, Floats b) { return MultiplyAdd(a, SplatFloat(1), b); }
+  template <class F>
+  static Floats MapFloats(Floats a, Floats b, const F& f) {
+    for (int i = 0; i < 4; ++i) a.f[i] = f(a.f[i], b.f[i]);
+    return a;
+  }
+  static Floats SubFloats(Floats a, Floats b) {
+    return MapFloats(a, b, [](float x, float y) { return x - y; });
+  }
+  static Floats MulFloats(Floats a, Floats b) {
+    return MapFloats(a, b, [](float x, float y) { return x * y; });
+  }
+  static Floats DivFloats(Floats a, Floats b) {
+    return MapFloats(a, b, [](float x, float y) { return x / y; });
+  }
+  static Floats MaxFloats(Floats a, Floats b) {
+    return MapFloats(a, b, [](float x, float y) { return x > y ? x : y; });
+  }
+  static Floats MinFloats(Floats a, Floats b) {
+    return MapFloats(a, b, [](float x, float y) { return x < y ? x : y; });
+  }
+  static float MaxLaneFloat(Floats v) {
+    return std::max(std::max(v.f[0], v.f[1]), std::max(v.f[2], v.f[3]));
+  }
+  // Round to the nearest whole number, and back.
+  static Vec RoundToInt(Floats v) {
+    int32_t q[4];
+    for (int i = 0; i < 4; ++i) q[i] = int32_t(std::nearbyint(v.f[i]));
+    return Load(q);
+  }
+  static Floats IntToFloats(Vec v) {
+    int32_t q[4];
+    std::memcpy(q, v.b, 16);
+    return Floats{{float(q[0]), float(q[1]), float(q[2]), float(q[3])}};
+  }
+  static Floats FromBits(Vec v) {
+    Floats f;
+    std::memcpy(f.f, v.b, 16);
+    return f;
+  }
   static float SumFloats(Floats v) { return (v.f[0] + v.f[1]) + (v.f[2] + v.f[3]); }
   static constexpr int kFloatTileRows = 4;
   static Floats LoadBFloat16(const uint16_t* p) {

@@ -103,6 +103,20 @@ struct Ymm : X86 {
   static Floats SplatFloat(float v) { return _mm256_set1_ps(v); }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats AddFloats(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static Floats SubFloats(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+  static Floats MulFloats(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats DivFloats(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+  static Floats MaxFloats(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+  static Floats MinFloats(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+  static float MaxLaneFloat(Floats v) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  }
+  // Round to the nearest whole number, and back.
+  static Vec RoundToInt(Floats v) { return _mm256_cvtps_epi32(v); }
+  static Floats IntToFloats(Vec v) { return _mm256_cvtepi32_ps(v); }
+  static Floats FromBits(Vec v) { return _mm256_castsi256_ps(v); }
   static float SumFloats(Floats v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -4,6 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
+#include "norm.h"
+#include "peaks.h"
 #include "table.h"
 
 namespace fabric {
@@ -82,6 +85,9 @@ struct Kernels {
                 int64_t at, float* out);
   int outer_columns;
   const TableKernels* table;
+  const NormKernels* norm;
+  const AttentionKernels* attention;
+  const PeakKernels* peaks;
 };
 
 // The table of an instruction set, or null where the compiler could not target it.

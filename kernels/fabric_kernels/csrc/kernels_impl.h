@@ -16,9 +16,14 @@ inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 #include "few_rows_impl.h"
 #include "tile_impl.h"
 #include "table_impl.h"
+#include "math_impl.h"
+#include "norm_impl.h"
+#include "attention_impl.h"
+#include "peaks_impl.h"
 
 constexpr Kernels MakeTable(const char* name) {
   return {name,     Isa::kTileRows, kLanes,      &Steps,       &OperandBytes, &Prepare,
           &Units,   &RunUnit,       &RunFewRows, &OuterUnits,  &OuterUnit,    kOuterColumns,
-          &kTableKernels};
+          &kTableKernels, &kNormKernels, &attention::kTable,
+          &kPeakKernels};
 }

@@ -129,10 +129,31 @@ void UnpackColumns(const Job& job, const Matrix& matrix, int64_t column, int64_t
   }
 }
 
+// Terms of a sum of fixed-point numbers that fits an int32 in front of the last of three digits.
+constexpr int64_t kPairTerms = INT32_MAX / (127 * 256 + 1);
+
+inline int64_t Terms(const Job& job) {
+  if (!job.transposed) return job.k;
+  int64_t terms = 0;
+  for (int g = 0; g < job.groups; ++g) terms += job.matrix[g].rows;
+  return terms;
+}
+
+// A row of a panel whose sums are longer than 32 bits.
+inline void StoreLongRow(const int32_t* row, const int32_t* sums, int digits, float factor,
+                         float scale, float* to) {
+  for (int i = 0; i < kPanel; ++i) {
+    int64_t value = 0;
+    for (int d = 0; d < digits; ++d) value = 256 * value + (row[d * kPanel + i] - sums[d]);
+    to[i] = float(value) * factor * scale;
+  }
+}
+
 // Writes `columns` columns of a finished panel, from column `at` of the output of width `ld`.
 void StorePanel(const Job& job, const Operand& operand, const int32_t* c, int group, int64_t at,
                 int64_t columns, int64_t ld, int64_t first, int64_t tokens) {
   columns = std::min<int64_t>(columns, kPanel);
+  const bool is_long = job.digits >= 2 && Terms(job) > kPairTerms;
   for (int64_t t = 0; t < tokens; ++t) {
     alignas(64) int32_t part[kPanel];
     const int32_t* row = c + t * job.digits * kPanel;
@@ -143,7 +164,8 @@ void StorePanel(const Job& job, const Operand& operand, const int32_t* c, int gr
     void* to = whole ? (ints != nullptr ? static_cast<void*>(ints) : floats) : part;
     const float factor = operand.factors[t];
     const float scale = job.transposed ? 1.0f : job.matrix[group].scale;
-    for (int v = 0; v < 2; ++v) {
+    if (is_long) StoreLongRow(row, sums, job.digits, factor, scale, static_cast<float*>(to));
+    for (int v = 0; v < 2 && !is_long; ++v) {
       const int32_t* from = row + v * kLanes;
       // Fields are codes + 1: the sum of the digits comes off again.
       Vec top = Isa::Sub32(Isa::Load(from), Isa::Splat32(sums[0]));

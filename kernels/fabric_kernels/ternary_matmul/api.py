@@ -120,10 +120,12 @@ def ternary_linear(
         identity; weights and scales get no gradient.
 
     Raises:
-        TypeError: a weight is not uint8.
+        TypeError: ``x`` is not a float, a weight not uint8 or a scale not float32.
         ValueError: shapes, packings or the number of weights do not fit, or a name is unknown.
     """
     chosen = select_implementation(implementation)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"ternary_linear takes floats, found {x.dtype}")
     if not 1 <= len(weights) <= cpu.MAX_GROUPS:
         raise ValueError(f"expected one to {cpu.MAX_GROUPS} weights, found {len(weights)}")
     for weight in weights:
@@ -133,7 +135,11 @@ def ternary_linear(
                 f"weights of one call share K = {x.shape[-1]} and the packing "
                 f"{weights[0].packing}; found K = {weight.k} and {weight.packing}"
             )
+        if (weight.layer is None) != (weights[0].layer is None):
+            raise ValueError("weights of one call are matrices, or stacks read at the same layer")
     own = tuple(adapters) if adapters is not None else (None,) * len(weights)
+    if len(own) != len(weights):
+        raise ValueError(f"{len(weights)} weights have as many adapters or None, found {len(own)}")
     for weight, adapter in zip(weights, own, strict=True):
         if adapter is not None:
             _check_adapter(weight, adapter)

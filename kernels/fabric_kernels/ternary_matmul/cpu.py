@@ -205,7 +205,7 @@ def _rows_fold(
     def rule(size: int, batched: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
         sums = mapped_outputs is not None and any(group[2].shape[-2] for group in arguments[2])
         if sums or any(jax.tree.leaves(batched[1:])):
-            out = lax.map(partial(_one_call, call, batched, arguments), jnp.arange(size))
+            out = lax.map(partial(_one_call, mapped, batched, arguments), jnp.arange(size))
             return out, jax.tree.map(lambda _: True, out)
         rows = jax.tree.map(
             lambda a, b: a if b else jnp.broadcast_to(a, (size, *a.shape)),

@@ -53,6 +53,15 @@ class TernaryWeight:
                 f"packed ternary weights for {self.k} inputs have shape [{stack}N, {width}], "
                 f"found {list(self.packed.shape)}"
             )
+        if self.scale.dtype != np.float32:
+            raise TypeError(f"scales of ternary weights are float32, found {self.scale.dtype}")
+        one_each = () if self.layer is None else (self.packed.shape[0],)
+        if self.scale.shape not in ((), one_each):
+            stacked = "" if self.layer is None else f" or {list(one_each)}"
+            raise ValueError(
+                f"there is one scale for each matrix, shape []{stacked}, "
+                f"found {list(self.scale.shape)}"
+            )
 
     def single(self) -> "TernaryWeight":
         """The layer alone; a copy unless the compiler fuses it."""

@@ -131,6 +131,21 @@ void CheckShape(const Kernels& kernels, Random& random, const Shape& shape, Repo
   }
 }
 
+// All products of one size.
+void CheckSizes(const Kernels& kernels, Random& random, const std::vector<int64_t>& n, int64_t k,
+                int64_t m, Report& report) {
+  for (Format format : {Format::kTernary2, Format::kTernary1_6}) {
+    CheckShape(kernels, random, {format, false, true, 1, 0, m, k, {n[0]}}, report);
+    for (int digits = 1; digits <= fabric::kMaxDigits; ++digits) {
+      for (int64_t rank : {int64_t{0}, 1 + (m + digits) % 9}) {
+        CheckShape(kernels, random, {format, false, false, digits, rank, m, k, n}, report);
+        if (digits == 1) continue;
+        CheckShape(kernels, random, {format, true, false, digits, rank, m, k, n}, report);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void CheckTernary(const Kernels& kernels, Random& random, Report& report) {
@@ -140,32 +155,24 @@ void CheckTernary(const Kernels& kernels, Random& random, Report& report) {
     std::vector<int64_t> m;
   };
   // Rows longer than a block of each loop, more rows than a block, and whole vectors throughout.
-  const std::vector<Sizes> all = {
+  std::vector<Sizes> all = {
       {{1}, 1, {1, 2, 4, 5, 13, 1000}},
       {{3}, 5, {1, 3, 7, 600}},
-      {{33}, 257, {1, 2, 3, 4, 5, 6, 11, 12, 25, 129}},
+      {{17}, 33, {1000}},
+      {{33}, 257, {1, 2, 3, 4, 5, 6, 11, 12, 25, 63}},
       {{7, 40, 65}, 333, {1, 2, 3, 9, 37}},
       {{64}, 320, {1, 4, 8, 24}},
-      {{5, 66}, 2701, {1, 2, 7}},
-      {{67}, 8003, {1, 4}},
+      {{5, 66}, 2701, {1, 2, 5}},
+      {{37}, 8003, {1, 2}},
       {{1029}, 37, {1, 5, 8}},
-      {{37}, 65, {1000}},
+      // Sums of two digits longer than 32 bits.
+      {{2}, 70001, {1, 3}},
+      {{70001}, 3, {2}},
   };
+  // Rows of every length modulo the vectors'.
+  for (int64_t k = 1; k <= 330; ++k) all.push_back({{3}, k, {1 + 4 * (k % 2)}});
   for (const Sizes& sizes : all) {
-    for (int64_t m : sizes.m) {
-      for (Format format : {Format::kTernary2, Format::kTernary1_6}) {
-        CheckShape(kernels, random, {format, false, true, 1, 0, m, sizes.k, {sizes.n[0]}}, report);
-        for (int digits = 1; digits <= fabric::kMaxDigits; ++digits) {
-          for (int64_t rank : {int64_t{0}, 1 + (m + digits) % 9}) {
-            CheckShape(kernels, random, {format, false, false, digits, rank, m, sizes.k, sizes.n},
-                       report);
-            if (digits == 1) continue;
-            CheckShape(kernels, random, {format, true, false, digits, rank, m, sizes.k, sizes.n},
-                       report);
-          }
-        }
-      }
-    }
+    for (int64_t m : sizes.m) CheckSizes(kernels, random, sizes.n, sizes.k, m, report);
   }
 }
 

@@ -58,6 +58,7 @@ int main(int argc, char** argv) {
   CheckTernary(*kernels, random, report);
   CheckOuter(*kernels, random, report);
   CheckTable(*kernels, random, report);
+  CheckAttention(*kernels, random, report);
   if (report.failures() > 0) {
     std::printf("%s: %lld of %lld results are wrong\n", kernels->name,
                 static_cast<long long>(report.failures()),

@@ -55,3 +55,4 @@ class Report {
 void CheckTernary(const fabric::Kernels& kernels, Random& random, Report& report);
 void CheckOuter(const fabric::Kernels& kernels, Random& random, Report& report);
 void CheckTable(const fabric::Kernels& kernels, Random& random, Report& report);
+void CheckAttention(const fabric::Kernels& kernels, Random& random, Report& report);

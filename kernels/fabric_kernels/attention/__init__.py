@@ -1,0 +1,5 @@
+"""Attention under a mask, with rotary positions."""
+
+from fabric_kernels.attention.api import Angles as Angles
+from fabric_kernels.attention.api import attention as attention
+from fabric_kernels.attention.xla import rotate as rotate

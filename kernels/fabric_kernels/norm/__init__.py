@@ -1,0 +1,5 @@
+"""RMS normalisation of rows, alone or of the gated product of a feed-forward."""
+
+from fabric_kernels.norm.api import Gate as Gate
+from fabric_kernels.norm.api import gated_product as gated_product
+from fabric_kernels.norm.api import rms_norm as rms_norm
