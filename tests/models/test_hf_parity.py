@@ -143,7 +143,7 @@ def test_lora_equals_peft(name: str, tmp_path: Path) -> None:
     plain = np.asarray(running.logits(problem))
     loss, grads = running.loss_and_gradients(problem, keep, adapted=True)
     size = np.abs(expected["logits"]).max()
-    np.testing.assert_allclose(found[keep], expected["logits"][keep], rtol=0, atol=1e-6 * size)
+    np.testing.assert_allclose(found[keep], expected["logits"][keep], rtol=0, atol=2e-6 * size)
     assert np.abs(found - plain).max() > 1
     assert float(loss) == pytest.approx(expected["loss"].item(), rel=2e-6)
     named, exact = to_peft_names(grads, problem.config), gradients_of(expected)

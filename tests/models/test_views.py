@@ -91,5 +91,5 @@ def test_tables_are_made_once_and_not_in_the_scan(config: ModelConfig, tables: i
     scan = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
     assert sum(eqn.primitive.name == "cos" for eqn in jaxpr.eqns) == tables
     body = str(scan.params["jaxpr"])
-    assert " dot_general[" in body
+    assert "name=linear" in body
     assert " cos " not in body

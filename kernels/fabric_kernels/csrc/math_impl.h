@@ -2,7 +2,7 @@
 // Included once for each instruction set, after its Isa.
 #pragma once
 
-// e^x to about 1 ulp; 0 below -87.3, the largest finite values above 88.3.
+// e^x to about 1 ulp between -87.3 and 88.3, and the value at the nearer end outside.
 inline Isa::Floats Exp(Isa::Floats x) {
   using F = Isa::Floats;
   const auto splat = [](float v) { return Isa::SplatFloat(v); };

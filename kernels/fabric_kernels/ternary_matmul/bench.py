@@ -39,8 +39,8 @@ from fabric_kernels.ternary_matmul.peaks import (
     pool_threads,
 )
 
-DEFAULT_MODELS = ["bitnet-125m", "bitnet-2b-4t"]
-DEFAULT_ROWS = [1, 8, 128, 512]
+DEFAULTS = {"model": ["bitnet-125m", "bitnet-2b-4t"], "rows": [1, 8, 128, 512], "rounds": 7}
+QUICK = {"model": ["bitnet-2b-4t"], "rows": [1, 128], "rounds": 3}
 # A sample repeats a call until this much time has passed.
 SAMPLE_SECONDS = 0.01
 PEAK_SECONDS = 0.05
@@ -189,7 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "results": records,
         }
         text = json.dumps(written, separators=(",", ":")).replace('},{"model"', '},\n{"model"')
-        options.json.write_text(text + "\n", encoding="utf-8")
+        part = options.json.with_name(f".{options.json.name}.part")
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(options.json)
     return 0
 
 
@@ -209,10 +211,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the results are written")
     parser.add_argument("--quick", action="store_true", help="one model, two rows, three rounds")
     options = parser.parse_args(arguments)
-    quick = options.quick
-    options.model = options.model or (DEFAULT_MODELS[-1:] if quick else DEFAULT_MODELS)
-    options.rows = options.rows or ([1, 128] if quick else DEFAULT_ROWS)
-    options.rounds = options.rounds or (3 if quick else 7)
+    defaults = QUICK if options.quick else DEFAULTS
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if options.model == ["all"]:
         options.model = list(MODELS)
     for name in options.model:
@@ -220,16 +222,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             close = get_close_matches(name, MODELS, n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""
             parser.error(f"no ternary model {name!r}{meant}; there are {', '.join(MODELS)}")
-    if min(*options.rows, options.rounds, options.rounds) < 1:
+    if min([*options.rows, options.rounds]) < 1:
         parser.error("--rows and --rounds take whole numbers from 1")
     if options.stream_mb << 20 < pool_threads() * PIECE_BYTES:
         parser.error(f"--stream-mb is at least {pool_threads()}, found {options.stream_mb}")
     if options.json is not None:
-        try:
-            # Now rather than after minutes; a file that is there stays as it is.
-            options.json.open("a").close()
-        except OSError as error:
-            parser.error(f"--json cannot be written: {error}")
+        folder = options.json.absolute().parent
+        if options.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            parser.error(f"--json cannot be written: {options.json} is no file in a folder of ours")
     return options
 
 

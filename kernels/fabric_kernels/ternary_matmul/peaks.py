@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from fabric_kernels import cpu_library
@@ -74,8 +75,8 @@ def make_peaks(threads: int, buffer_bytes: int, seconds: float) -> Peaks:
         raise ValueError(
             f"{threads} threads read at least {PIECE_BYTES} bytes each, found {buffer_bytes}"
         )
-    # Written, since pages that never were are all the same one.
-    buffer = np.full(buffer_bytes, 1, np.uint8)
+    # Where XLA has its arrays: numpy's may lie in larger pages, which are read faster.
+    buffer = np.asarray(jnp.full(buffer_bytes, 1, jnp.uint8))
     rates: dict[tuple[int, int], float] = dict.fromkeys(_READING, 0.0)
     for _ in range(2):
         for way in _READING:
