@@ -17,21 +17,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     Raises:
         FabricError: the folder can't be written or the disk is full; ``path`` is as it was.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise cannot_write(path, error) from error
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager
