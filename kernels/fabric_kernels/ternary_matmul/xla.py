@@ -6,6 +6,7 @@ tiles of rows as float for float products.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,24 @@ def linear(x: jax.Array, weights: Sequence[TernaryWeight]) -> tuple[jax.Array, .
     """``scale · (q(x) · codes^T)`` for each weight, in the dtype of ``x``."""
     codes, act_scale = absmax_quantize(x)
     outputs: list[jax.Array] = []
+    turn = codes
     for weight in weights:
-        one = weight.single()
+        one = _in_turn(weight, turn)
         product = matmul(codes, one).astype(jnp.float32)
-        outputs.append((product / act_scale * one.scale).astype(x.dtype))
+        turn = (product / act_scale * one.scale).astype(x.dtype)
+        outputs.append(turn)
     return tuple(outputs)
+
+
+def _in_turn(weight: TernaryWeight, before: jax.Array) -> TernaryWeight:
+    """The weight alone, not to be read until ``before`` has been computed.
+
+    Unpacking depends on nothing but the weight: without this XLA unpacks all matrices of a layer at
+    once, on GPU in one fusion, and holds them side by side.
+    """
+    one = weight.single()
+    packed, _ = lax.optimization_barrier((one.packed, before))
+    return replace(one, packed=packed)
 
 
 def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
@@ -60,7 +74,7 @@ def linear_transposed(
     """``sum_i scale_i · (g_i[..., n_i] · codes_i)`` in the dtype of the first."""
     total: jax.Array | None = None
     for g, weight in zip(gradients, weights, strict=True):
-        one = weight.single()
+        one = _in_turn(weight, g if total is None else total)
         part = matmul_transposed((g.astype(jnp.float32) * one.scale).astype(g.dtype), one)
         total = part if total is None else total + part
     assert total is not None
