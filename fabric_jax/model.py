@@ -13,13 +13,12 @@ from jaxtyping import Array, Float32, Int
 from numpy.typing import ArrayLike
 
 from fabric_jax.checkpoints.adapters import load_adapter, read_lora_config
-from fabric_jax.checkpoints.loading import load_base
+from fabric_jax.checkpoints.loading import Weights, load_base, mode_and_packing
 from fabric_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fabric_jax.errors import FabricError
 from fabric_jax.generation.config import GenerationConfig
 from fabric_jax.generation.generator import Generated, Generator, check_ids, make_generator
 from fabric_jax.generation.prompts import Prompt, decode_continuation, encode_prompt
-from fabric_jax.layers.bit_linear import BaseMode
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
@@ -163,7 +162,7 @@ def _complete(tokenizer: Tokenizer, prompt: Sequence[int], result: Generated) ->
 def load_model(
     source: str | Path,
     *,
-    weights: BaseMode | None = None,
+    weights: Weights | None = None,
     adapter: str | Path | None = None,
     act_quant: ActQuant | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -175,9 +174,10 @@ def load_model(
         source: a registry name, which gives random weights; a folder saved by fabric_jax or by
             transformers (safetensors); a ``.gguf`` file; or a hub id: ``org/name``,
             ``org/name@revision``, ``org/name/file.gguf``.
-        weights: form of the linears' weights: ``packed`` (2-bit codes), ``master`` (float,
-            quantised in every pass) or ``float`` (plain linears). None: packed where the model is
-            ternary, float otherwise. ``packed`` or ``master`` for a checkpoint of plain floats says
+        weights: form of the linears' weights: ``packed`` or ``ternary2`` (2-bit codes),
+            ``ternary1.6`` (the same codes, five a byte), ``master`` (float, quantised in every
+            pass) or ``float`` (plain linears). None: packed where the model is ternary, float
+            otherwise. ``packed`` or ``master`` for a checkpoint of plain floats says
             that these are master weights of a ternary model.
         adapter: an adapter folder in PEFT's layout, or a ``.gguf`` adapter.
         act_quant: quantiser of the inputs of ternary linears. None: the model's, or per token.
@@ -188,7 +188,16 @@ def load_model(
         FabricError: the source or the adapter is missing, damaged or of another model.
     """
     lora = None if adapter is None else read_lora_config(adapter, source)
-    loaded = load_base(source, mode=weights, dtype=dtype, act_quant=act_quant, seed=seed, lora=lora)
+    mode, packing = mode_and_packing(weights)
+    loaded = load_base(
+        source,
+        mode=mode,
+        packing=packing,
+        dtype=dtype,
+        act_quant=act_quant,
+        seed=seed,
+        lora=lora,
+    )
     tree = {} if adapter is None else load_adapter(adapter, loaded.definition)
     return Model(
         definition=loaded.definition,

@@ -2,7 +2,8 @@
 
 Every leaf is one buffer on the host. On CPU the array of jax is that very buffer; elsewhere the
 buffer is given up as soon as the device has its copy. Beside the leaves there is never more than
-one matrix of one layer, or a few rows of a table.
+one matrix of one layer, or a few rows of a table. Sources give packed matrices as ``ternary2``; for
+another layout each is re-packed on its way into the buffer.
 """
 
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from fabric_kernels import Packing, repack
 from flax import nnx
 
 from fabric_jax.checkpoints.arrays import HostArray, Layout, layouts
@@ -30,7 +32,9 @@ ALIGNMENT = 64
 """Of buffers that jax takes over on CPU."""
 TABLE_BLOCK_BYTES = 1 << 22
 SCRATCH_BYTES = 1 << 28
+REPACK_BYTES = 1 << 25
 WORKERS = min(4, os.cpu_count() or 1)
+_repack = jax.jit(repack, static_argnames=("k", "source", "to"))
 
 
 def base_layouts(definition: DecoderDefinition) -> dict[str, Layout]:
@@ -69,7 +73,8 @@ def assemble_base(definition: DecoderDefinition, source: ModelSource) -> Tree:
         if name not in linears:
             _read_tensor(source, name, buffer)
         elif source.form == "packed":
-            keep(f"layers.{linears[name]}.scale", _read_packed(source, linears[name], buffer))
+            scale = _read_packed(source, linears[name], buffer, definition.options.packing)
+            keep(f"layers.{linears[name]}.scale", scale)
         else:
             _read_floats(source, linears[name], buffer)
         keep(name, buffer)
@@ -140,17 +145,25 @@ def quantize_matrix(master: HostArray) -> TernaryMatrix:
     return TernaryMatrix(packed=np.asarray(packed)[0], scale=float(scales[0]), k=master.shape[1])
 
 
-def _read_packed(source: ModelSource, path: str, buffer: HostArray) -> HostArray:
-    """Fills the packed stack of one linear; its scales [L]."""
+def repack_matrix(packed: HostArray | jax.Array, k: int, source: Packing, to: Packing) -> HostArray:
+    """One matrix [N, W] in another layout, on the host; itself where that is the same."""
+    return np.asarray(packed if source == to else _repack(packed, k=k, source=source, to=to))
+
+
+def _read_packed(source: ModelSource, path: str, buffer: HostArray, packing: Packing) -> HostArray:
+    """Fills the packed stack of one linear, in the layout ``packing``; its scales [L]."""
     scales = np.empty(len(buffer), np.float32)
 
     def read(layer: int) -> None:
         matrix = source.linear(path, layer)
         assert isinstance(matrix, TernaryMatrix)
-        _copy(source, f"{path} of layer {layer}", matrix.packed, buffer[layer])
+        packed = repack_matrix(matrix.packed, matrix.k, "ternary2", packing)
+        _copy(source, f"{path} of layer {layer}", packed, buffer[layer])
         scales[layer] = matrix.scale
 
-    _for_each(read, range(len(buffer)), 2 * buffer[0].nbytes)
+    # Re-packing needs the matrix once more, and its own scratch.
+    scratch = 2 * buffer[0].nbytes if packing == "ternary2" else 4 * buffer[0].nbytes + REPACK_BYTES
+    _for_each(read, range(len(buffer)), scratch)
     return scales
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+from fabric_kernels import Packing
 from fabric_kernels.ternary_matmul import GradientBits, Implementation
 from jax.typing import DTypeLike
 
@@ -18,6 +20,9 @@ from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, Remat, 
 from fabric_jax.models.initialize import Tree, initialize_base
 from fabric_jax.models.registry import REGISTRY
 from fabric_jax.quantization.absmax import ActQuant
+
+Weights = Literal["packed", "ternary2", "ternary1.6", "master", "float"]
+"""A user's word for the form of the linears' weights; ``packed`` is ``ternary2``."""
 
 ACCEPTED = (
     "a registry name (`fabric-jax models` lists them), a folder saved by fabric_jax or by "
@@ -41,6 +46,19 @@ class LoadedBase:
     tokenizer_source: str
 
 
+def mode_and_packing(
+    weights: Weights | Literal["auto"] | None,
+) -> tuple[BaseMode | None, Packing]:
+    """What a user's word for the form of the weights means; no mode for None and ``auto``."""
+    match weights:
+        case None | "auto":
+            return None, "ternary2"
+        case "ternary2" | "ternary1.6":
+            return "packed", weights
+        case "packed" | "master" | "float":
+            return weights, "ternary2"
+
+
 def load_base(
     source: str | Path,
     *,
@@ -53,6 +71,7 @@ def load_base(
     implementation: Implementation | None = None,
     embedding_dtype: DTypeLike | None = None,
     gradient_bits: GradientBits = 16,
+    packing: Packing = "ternary2",
 ) -> LoadedBase:
     """Loads or makes the base of a model, on the default device.
 
@@ -69,6 +88,7 @@ def load_base(
         implementation: which ``ternary_matmul`` runs; None picks.
         embedding_dtype: of embedding and head as they are stored; None for ``dtype``.
         gradient_bits: of the backward product through packed weights on CPU.
+        packing: layout of packed weights, whatever the one they are stored in.
 
     Raises:
         FabricError: the source is none of these, is damaged, or can't be had in that mode.
@@ -81,6 +101,7 @@ def load_base(
         lora=lora or LoraConfig(rank=0),
         embedding_dtype=embedding_dtype,
         gradient_bits=gradient_bits,
+        packing=packing,
     )
     if str(source) in REGISTRY:
         config = REGISTRY[str(source)]

@@ -1,26 +1,31 @@
 """Model folders of fabric_jax: ``config.json`` and ``model.safetensors``.
 
 The tensors are the base tree as it is in memory, packed weights included, under its paths joined by
-dots; stacked layers stay stacked.
+dots; stacked layers stay stacked. Packed weights are always stored as ``ternary2``: a model held in
+another layout is re-packed as it is written, and again, to whatever is asked for, as it is loaded.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import jax.numpy as jnp
+import numpy as np
 
 from fabric_jax.checkpoints.arrays import (
     HostArray,
+    Layout,
     layout_differences,
     layouts,
     named_leaves,
     summarize,
 )
-from fabric_jax.checkpoints.assemble import assemble_base, base_layouts
+from fabric_jax.checkpoints.assemble import assemble_base, base_layouts, repack_matrix
 from fabric_jax.checkpoints.folders import new_folder, read_json_object
 from fabric_jax.checkpoints.source import ALL_ROWS, TernaryMatrix
-from fabric_jax.checkpoints.tensor_file import TensorFile, open_tensors, write_tensors
+from fabric_jax.checkpoints.tensor_file import TensorFile, open_tensors
+from fabric_jax.checkpoints.tensor_stream import TensorStream, write_streams
 from fabric_jax.checkpoints.ternary import is_packed
 from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.files import write_atomically, write_json
@@ -77,13 +82,15 @@ def save_model(
             f"these weights are not those of {definition.config.name}: {summarize(wrong)}"
         )
     # A folder has one float dtype; what memory holds narrower is widened, which loses nothing.
-    stored = base_layouts(define_decoder(definition.config, replace(options, embedding_dtype=None)))
+    plain = replace(options, embedding_dtype=None, packing="ternary2")
+    stored = base_layouts(define_decoder(definition.config, plain))
     leaves = {
         name: leaf if leaf.dtype == stored[name].dtype else leaf.astype(stored[name].dtype)
         for name, leaf in named_leaves(base).items()
     }
     with new_folder(folder, replaces=FILES) as staged:
-        write_tensors(staged / WEIGHTS, leaves)
+        streams = {n: _stream(definition, n, leaf, stored[n]) for n, leaf in leaves.items()}
+        write_streams(staged / WEIGHTS, streams)
         if tokenizer_json is not None:
             write_atomically(staged / TOKENIZER, tokenizer_json)
         config = {
@@ -96,6 +103,22 @@ def save_model(
             "tokenizer": None if tokenizer_json is None else TOKENIZER,
         }
         write_json(staged / CONFIG, config)
+
+
+def _stream(definition: DecoderDefinition, name: str, leaf: Any, layout: Layout) -> TensorStream:
+    """A leaf as it is stored: stacks in another layout than ``ternary2`` one matrix at a time."""
+    options = definition.options
+    path = name.removeprefix("layers.").removesuffix(".weight")
+    shape = definition.config.linear_shapes.get(path)
+
+    def pieces() -> Iterator[HostArray]:
+        if options.mode != "packed" or options.packing == "ternary2" or shape is None:
+            yield np.asarray(leaf)
+            return
+        for layer in range(leaf.shape[0]):
+            yield repack_matrix(leaf[layer], shape[1], options.packing, "ternary2")
+
+    return TensorStream(layout=layout, pieces=pieces)
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -39,6 +39,8 @@ class EvaluateConfig:
         dtype: of activations and unpacked weights.
         weights: form of the linears' weights; auto is packed where the model is ternary. packed for
             a checkpoint of plain floats says that these are master weights of a ternary model.
+            packed is ternary2 (2 bits a weight); ternary1.6 holds five weights a byte, with the
+            same results.
         act_quant: quantiser of the inputs of ternary linears; auto: what the model was saved with,
             else per_token.
         seed: of random base weights.
@@ -57,7 +59,7 @@ class EvaluateConfig:
     train_on: TrainOn = "auto"
     by: Literal["generation", "likelihood", "likelihood_per_token", "none"] = "generation"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    weights: Literal["auto", "packed", "master", "float"] = "auto"
+    weights: Literal["auto", "packed", "ternary2", "ternary1.6", "master", "float"] = "auto"
     act_quant: Literal["auto", "per_token", "block256", "none"] = "auto"
     seed: int = 0
     json: str = ""
@@ -105,12 +107,14 @@ def run(arguments: Sequence[str]) -> int:
 def _load(config: EvaluateConfig) -> "tuple[LoadedBase, Tree]":
     """The model and its adapter, an empty one where none is named."""
     from fabric_jax.checkpoints.adapters import load_adapter, read_lora_config
-    from fabric_jax.checkpoints.loading import load_base
+    from fabric_jax.checkpoints.loading import load_base, mode_and_packing
 
+    mode, packing = mode_and_packing(config.weights)
     lora = read_lora_config(config.adapter, config.model) if config.adapter else None
     loaded = load_base(
         config.model,
-        mode=None if config.weights == "auto" else config.weights,
+        mode=mode,
+        packing=packing,
         dtype=config.dtype,
         act_quant=None if config.act_quant == "auto" else config.act_quant,
         seed=config.seed,

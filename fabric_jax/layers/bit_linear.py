@@ -8,7 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels import LowRank, TernaryWeight, low_rank_product, packed_width
+from fabric_kernels import LowRank, Packing, TernaryWeight, low_rank_product, packed_width
 from fabric_kernels.ternary_matmul import GradientBits, Implementation
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -22,8 +22,8 @@ from fabric_jax.quantization.packed_linear import packed_linears
 from fabric_jax.quantization.straight_through import fake_quantize_activation, quantize_weight
 
 BaseMode = Literal["packed", "master", "float"]
-"""``packed``: frozen 2-bit codes. ``master``: float weights, quantised in every forward pass with
-straight-through gradients. ``float``: a plain linear without quantisers."""
+"""``packed``: frozen codes of 2 or 1.6 bits. ``master``: float weights, quantised in every forward
+pass with straight-through gradients. ``float``: a plain linear without quantisers."""
 
 INIT_STD = 0.02
 LINEAR_OUTPUT = "linear"
@@ -42,6 +42,7 @@ class LinearOptions:
         lora: adapters.
         stack: (L,) where L layers are stacked, () for one.
         gradient_bits: of the backward product through packed weights on CPU.
+        packing: layout of packed weights.
     """
 
     mode: BaseMode
@@ -51,6 +52,7 @@ class LinearOptions:
     lora: LoraConfig
     stack: tuple[int, ...]
     gradient_bits: GradientBits = 16
+    packing: Packing = "ternary2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,10 @@ class BitLinear(nnx.Module):
                 # The absmean of Gaussian weights with the usual standard deviation.
                 scale = Constant(INIT_STD * math.sqrt(2 / math.pi))
                 self.weight = declare_base(
-                    (n, packed_width(k)), jnp.uint8, RandomTernary(k), stack=stack
+                    (n, packed_width(k, options.packing)),
+                    jnp.uint8,
+                    RandomTernary(k, options.packing),
+                    stack=stack,
                 )
                 self.scale = declare_base((), jnp.float32, scale, stack=stack)
             case "master":
@@ -98,7 +103,8 @@ class BitLinear(nnx.Module):
     def packed(self, context: LayerContext | None) -> TernaryWeight:
         """The frozen weight; only in the mode ``packed``."""
         index = None if context is None else context.index
-        return TernaryWeight(self.weight[...], self.scale[...], index, self.k)
+        packing = self.options.packing
+        return TernaryWeight(self.weight[...], self.scale[...], index, self.k, packing)
 
     def unpacked(self, x: jax.Array) -> jax.Array:
         """The base's share of the output; only in the other modes."""

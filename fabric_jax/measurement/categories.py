@@ -127,7 +127,7 @@ def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCate
     shapes = config.linear_shapes.values()
     match options.mode:
         case "packed":
-            weights = sum(n * packed_width(k) for n, k in shapes)
+            weights = sum(n * packed_width(k, options.packing) for n, k in shapes)
             scales = FLOAT32_BYTES * len(shapes)
         case "master":
             weights, scales = sum(FLOAT32_BYTES * n * k for n, k in shapes), 0

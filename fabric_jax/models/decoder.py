@@ -7,7 +7,7 @@ from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels import table_matmul
+from fabric_kernels import Packing, table_matmul
 from fabric_kernels.attention import Angles
 from fabric_kernels.ternary_matmul import NARROW_PRODUCT, GradientBits, Implementation
 from flax import nnx
@@ -45,6 +45,7 @@ class DecoderOptions:
 
     Attributes:
         mode: form of the linears' weights. A model that is not ternary has only ``float``.
+        packing: layout of packed weights: 2 or 1.6 bits each. Results are the same, bit for bit.
         dtype: of activations, norms and float weights.
         embedding_dtype: of embedding and head as they are stored; None for ``dtype``.
         act_quant: quantiser of the inputs of ternary linears.
@@ -56,6 +57,7 @@ class DecoderOptions:
     """
 
     mode: BaseMode = "packed"
+    packing: Packing = "ternary2"
     dtype: DTypeLike = "float32"
     act_quant: ActQuant = "per_token"
     implementation: Implementation | None = None
@@ -145,6 +147,7 @@ class Decoder(nnx.Module):
         """Declares every parameter; allocates none."""
         stacked = LinearOptions(
             mode=options.mode,
+            packing=options.packing,
             dtype=options.dtype,
             act_quant=options.act_quant,
             implementation=options.implementation,
@@ -315,6 +318,8 @@ def define_decoder(config: ModelConfig, options: DecoderOptions) -> DecoderDefin
     """The definition of a decoder; no array is made."""
     if options.mode not in get_args(BaseMode):
         raise unknown_name("mode of the weights", options.mode, get_args(BaseMode))
+    if options.packing not in get_args(Packing):
+        raise unknown_name("packing of the weights", options.packing, get_args(Packing))
     if options.mode != "float" and not config.ternary:
         raise FabricError(
             f"{config.name} is not a ternary model",

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import jax
-from fabric_kernels import pack_ternary2
+from fabric_kernels import Packing, pack
 from jax import lax
 from jaxtyping import Array, Float32, UInt8
 
@@ -26,7 +27,7 @@ def pack_base(definition: DecoderDefinition, base: Tree) -> tuple[DecoderDefinit
         base: its weights.
 
     Returns:
-        The same decoder in the mode ``packed``, and its weights.
+        The same decoder in the mode ``packed``, and its weights in the layout ``options.packing``.
 
     Raises:
         FabricError: the decoder has another mode.
@@ -38,14 +39,15 @@ def pack_base(definition: DecoderDefinition, base: Tree) -> tuple[DecoderDefinit
             found=f"the mode {definition.options.mode!r}",
         )
     packed = define_decoder(definition.config, replace(definition.options, mode="packed"))
+    change = partial(_pack_linear, packing=packed.options.packing)
     tree = base
     for path in definition.config.linear_shapes:
-        tree = _replace(tree, ("layers", *path.split(".")), _pack_linear)
+        tree = _replace(tree, ("layers", *path.split(".")), change)
     return packed, tree
 
 
-def _pack_linear(linear: Tree) -> Tree:
-    weight, scale = pack_stack(linear["weight"])
+def _pack_linear(linear: Tree, packing: Packing) -> Tree:
+    weight, scale = pack_stack(linear["weight"], packing)
     return {"weight": weight, "scale": scale}
 
 
@@ -56,14 +58,14 @@ def _replace(tree: Tree, path: tuple[str, ...], change: Callable[[Tree], Tree]) 
     return tree | {path[0]: _replace(cast(Tree, tree[path[0]]), path[1:], change)}
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="packing")
 def pack_stack(
-    weights: Float32[Array, "l n k"],
-) -> tuple[UInt8[Array, "l n k/4"], Float32[Array, " l"]]:
+    weights: Float32[Array, "l n k"], packing: Packing = "ternary2"
+) -> tuple[UInt8[Array, "l n w"], Float32[Array, " l"]]:
     """Packed absmean codes and scales of a stack of matrices, quantised one at a time."""
 
     def one(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         codes, scale = absmean_quantize(weight)
-        return pack_ternary2(codes), scale
+        return pack(codes, packing), scale
 
     return lax.map(one, weights)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from fabric_kernels import (
     LowRank,
+    Packing,
     TernaryWeight,
     low_rank_product,
     ternary_linear,
@@ -20,15 +21,16 @@ from fabric_jax.quantization.straight_through import fake_quantize_activation
 
 def packed_linear(
     x: Float[Array, "*batch k"],
-    packed: UInt8[Array, "n k/4"],
+    packed: UInt8[Array, "n w"],
     scale: Float32[Array, ""],
     *,
+    packing: Packing = "ternary2",
     act_quant: ActQuant = "per_token",
     implementation: Implementation | None = None,
     gradient_bits: GradientBits = 16,
 ) -> Float[Array, "*batch n"]:
     """``scale · (q(x) · codes^T)`` for one matrix; see :func:`packed_linears`."""
-    weight = TernaryWeight(packed, scale, None, x.shape[-1])
+    weight = TernaryWeight(packed, scale, None, x.shape[-1], packing)
     return packed_linears(
         x,
         [weight],

@@ -142,6 +142,8 @@ class FinetuneConfig(RunConfig):
         lora: rank, alpha, targets and the like.
         weights: form of the base's linears; auto is packed where the model is ternary. packed for
             a checkpoint of plain floats says that these are master weights of a ternary model.
+            packed is ternary2 (2 bits a weight); ternary1.6 holds five weights a byte, with the
+            same results.
         embedding_dtype: of embedding and head in memory; same is dtype. Half precision takes half
             the bytes and no more time on CPU.
         gradient_bits: of gradients in the backward product through packed weights on CPU: 16 (fixed
@@ -152,7 +154,7 @@ class FinetuneConfig(RunConfig):
     model: str
     adapter: str = ""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    weights: Literal["auto", "packed", "master", "float"] = "auto"
+    weights: Literal["auto", "packed", "ternary2", "ternary1.6", "master", "float"] = "auto"
     embedding_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
     gradient_bits: GradientBits = 16
     implementation: Literal["auto", "cpu", "xla"] = "auto"

@@ -11,6 +11,7 @@ from fabric_kernels.packing import bits_per_weight as bits_per_weight
 from fabric_kernels.packing import pack as pack
 from fabric_kernels.packing import pack_ternary2 as pack_ternary2
 from fabric_kernels.packing import packed_width as packed_width
+from fabric_kernels.packing import repack as repack
 from fabric_kernels.packing import unpack as unpack
 from fabric_kernels.packing import unpack_ternary2 as unpack_ternary2
 from fabric_kernels.table_matmul import table_matmul as table_matmul

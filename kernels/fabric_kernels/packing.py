@@ -32,6 +32,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int8, UInt8
 
@@ -41,6 +42,8 @@ CODES_PER_BYTE = 4
 """Of ``ternary2``."""
 DIGITS_PER_BYTE = 5
 """Of ``ternary1.6``."""
+REPACK_CODES = 1 << 22
+"""Codes that are out of either layout at a time while a matrix is re-packed."""
 
 
 def packed_width(k: int, packing: Packing = "ternary2") -> int:
@@ -67,16 +70,42 @@ def unpack(
     packed: UInt8[Array, "*stack n w"], k: int, packing: Packing, dtype: DTypeLike = jnp.int8
 ) -> jax.Array:
     """Unpacks to codes of ``dtype``, shape [*stack, n, k]."""
-    if packed.shape[-1] != packed_width(k, packing):
-        raise ValueError(
-            f"rows of {k} codes packed as {packing} have {packed_width(k, packing)} bytes, "
-            f"found {packed.shape[-1]}"
-        )
+    _check_width(packed, k, packing)
     if packing == "ternary2":
         return unpack_ternary2(packed, k, dtype)
     digits = [(_leading_fraction(packed, j) * 3) >> 8 for j in range(DIGITS_PER_BYTE)]
     codes = jnp.concatenate([digit.astype(dtype) for digit in digits], axis=-1)
     return (codes - jnp.asarray(1, dtype))[..., :k]
+
+
+def repack(
+    packed: UInt8[Array, "*stack n v"], k: int, source: Packing, to: Packing
+) -> UInt8[Array, "*stack n w"]:
+    """The same codes in another layout, bit for bit what packing them at once gives.
+
+    A block of rows at a time: scratch is some bytes for each of ``REPACK_CODES`` codes, however
+    large the matrix.
+    """
+    _check_width(packed, k, source)
+    width = packed_width(k, to)
+    if source == to:
+        return packed
+    rows = packed.reshape(-1, packed.shape[-1])
+    count = rows.shape[0]
+    block = min(count, max(1, REPACK_CODES // max(1, k)))
+    if block == count:
+        return pack(unpack(packed, k, source), to)
+
+    def write(index: jax.Array, out: jax.Array) -> jax.Array:
+        # The last block ends with the last row; rows that two blocks share come out twice alike.
+        start = jnp.minimum(index * block, count - block)
+        part = lax.dynamic_slice_in_dim(rows, start, block)
+        part = pack(unpack(part, k, source), to)
+        return lax.dynamic_update_slice_in_dim(out, part, start, 0)
+
+    empty = jnp.zeros((count, width), jnp.uint8)
+    done = lax.fori_loop(0, -(-count // block), write, empty)
+    return done.reshape(*packed.shape[:-1], width)
 
 
 def pack_ternary2(codes: Int8[Array, "*stack n k"]) -> UInt8[Array, "*stack n k/4"]:
@@ -118,6 +147,14 @@ def _pack_ternary1_6(codes: jax.Array) -> jax.Array:
 def _leading_fraction(packed: jax.Array, j: int) -> jax.Array:
     """``b · 3^j mod 256`` as uint16, whose carry past 256 when tripled is digit j."""
     return (packed * jnp.uint8(3**j)).astype(jnp.uint16)
+
+
+def _check_width(packed: jax.Array, k: int, packing: Packing) -> None:
+    if packed.shape[-1] != packed_width(k, packing):
+        raise ValueError(
+            f"rows of {k} codes packed as {packing} have {packed_width(k, packing)} bytes, "
+            f"found {packed.shape[-1]}"
+        )
 
 
 def _codes_per_byte(packing: Packing) -> int:

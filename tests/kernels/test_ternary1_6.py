@@ -12,9 +12,11 @@ from fabric_kernels import (
     bits_per_weight,
     pack,
     packed_width,
+    repack,
     ternary_matmul,
     unpack,
 )
+from fabric_kernels import packing as packing_module
 from fabric_kernels.ternary_matmul import Implementation
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,6 +65,26 @@ def test_unpacking_inverts_packing_for_any_shape(codes: np.ndarray) -> None:
 @settings(max_examples=12, deadline=None)
 def test_bytes_equal_a_digit_by_digit_derivation(codes: np.ndarray) -> None:
     np.testing.assert_array_equal(jit_pack(jnp.asarray(codes), PACKING), pack_by_digits(codes))
+
+
+@given(CODES, st.integers(1, 40))
+@settings(max_examples=25, deadline=None)
+def test_repacking_is_packing_and_goes_back(codes: np.ndarray, block_codes: int) -> None:
+    """In blocks of any size, a last one that overlaps included."""
+    k = codes.shape[-1]
+    one, other = (np.asarray(pack(jnp.asarray(codes), to)) for to in ("ternary2", "ternary1.6"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing_module, "REPACK_CODES", block_codes)
+        there = repack(jnp.asarray(one), k, "ternary2", "ternary1.6")
+        back = repack(there, k, "ternary1.6", "ternary2")
+    assert there.dtype == back.dtype == jnp.uint8
+    np.testing.assert_array_equal(there, other)
+    np.testing.assert_array_equal(back, one)
+
+
+def test_repacking_checks_the_width() -> None:
+    with pytest.raises(ValueError, match=r"rows of 9 codes packed as ternary1.6 have 2 bytes"):
+        repack(jnp.zeros((3, 3), jnp.uint8), 9, "ternary1.6", "ternary2")
 
 
 def every_byte() -> np.ndarray:

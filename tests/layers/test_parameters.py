@@ -4,9 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fabric_kernels import pack_ternary2, unpack_ternary2
+from fabric_kernels import Packing, pack_ternary2, packed_width, repack, unpack_ternary2
 
-from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, Uniform
+from fabric_jax.layers import parameters
+from fabric_jax.layers.parameters import (
+    Constant,
+    Normal,
+    RandomTernary,
+    Uniform,
+    random_bits16,
+)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -33,6 +40,46 @@ def test_random_ternary_codes_are_equally_likely_and_independent() -> None:
         assert abs(np.mean(codes[:, lag:] * codes[:, :-lag])) < 5 / np.sqrt(count) + 1e-3
     byte_values = np.unique(np.asarray(packed))
     assert byte_values.size == 81
+
+
+def draw(k: int, packing: Packing, shape: tuple[int, ...] = (37,)) -> jax.Array:
+    make = RandomTernary(k, packing)
+    return make(jax.random.key(7), (*shape, packed_width(k, packing)), jnp.uint8)
+
+
+@pytest.mark.parametrize("k", [1, 4, 5, 23, 40])
+@pytest.mark.parametrize("shape", [(37,), (2, 9), ()])
+def test_a_key_gives_the_same_codes_in_both_layouts(k: int, shape: tuple[int, ...]) -> None:
+    two, less = draw(k, "ternary2", shape), draw(k, "ternary1.6", shape)
+    assert less.shape == (*shape, -(-k // 5))
+    np.testing.assert_array_equal(repack(two, k, "ternary2", "ternary1.6"), less)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 60, 1000])
+def test_blocks_do_not_change_what_is_drawn(
+    block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 1, 10 and all of 37 rows; whole is what jax's own function draws."""
+    draws = np.asarray(jax.random.bits(jax.random.key(7), (37, 6), jnp.uint16)) % 81
+    digits = [draws // 27, draws // 9 % 3, draws // 3 % 3, draws % 3]
+    expected = sum(digit << 2 * place for place, digit in enumerate(digits))
+    monkeypatch.setattr(parameters, "DRAWN_BYTES", block_bytes)
+    np.testing.assert_array_equal(draw(24, "ternary2"), expected)
+
+
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+def test_rows_of_random_bits_are_those_of_the_whole(implementation: str) -> None:
+    key = jax.random.key(3, impl=implementation)
+    whole = jax.random.bits(key, (31, 7), jnp.uint16)
+    np.testing.assert_array_equal(random_bits16(key, (31, 7), jnp.int32(11), 13), whole[11:24])
+
+
+def test_scratch_of_a_large_matrix_is_bounded() -> None:
+    n, k = 13824, 5120
+    make = RandomTernary(k, "ternary1.6")
+    drawn = jax.jit(lambda key: make(key, (n, packed_width(k, make.packing)), jnp.uint8))
+    compiled = drawn.lower(jax.random.key(0)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 << 20
 
 
 def test_normal_and_uniform_and_constant() -> None:

@@ -88,6 +88,14 @@ def test_packed_weights_take_two_bits_and_the_pad_of_each_row():
     assert (memory.weights, memory.scales) == (expected, 3 * 7 * 4)
 
 
+def test_prediction_equals_the_arrays_in_the_other_packing():
+    definition, base, adapter, _ = job(ODD, DecoderOptions(packing="ternary1.6"))
+    report = memory_by_category(definition, base, adapter, ())
+    expected = 3 * sum(n * -(-k // 5) for n, k in ODD.linear_shapes.values())
+    assert report.measured.weights == report.predicted.weights == expected
+    assert report.measured.base == report.predicted.base == numpy_bytes(base)
+
+
 @pytest.mark.parametrize("name", ["bitnet-125m", "bitnet-2b-4t", "falcon3-1b-1.58"])
 def test_f16_is_two_bytes_for_each_declared_float_weight(name: str):
     config = REGISTRY[name]

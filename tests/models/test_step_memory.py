@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from fabric_kernels import Packing
 from flax import nnx
 
 from fabric_jax.data.batch import Batch
@@ -55,9 +56,11 @@ def size(tree: Any) -> int:
 
 
 @cache
-def compiled_step(layers: int, remat: str) -> tuple[jax.stages.Compiled, Any]:
+def compiled_step(
+    layers: int, remat: str, packing: Packing = "ternary2"
+) -> tuple[jax.stages.Compiled, Any]:
     """The compiled step, and the shapes of its state."""
-    options = replace(DecoderOptions(lora=LoraConfig(rank=2)), remat=remat)
+    options = replace(DecoderOptions(lora=LoraConfig(rank=2)), remat=remat, packing=packing)
     definition = define_decoder(deep_narrow(layers), options)
     optimizer = make_optimizer(OptimizerConfig(), 10)
     state = jax.eval_shape(lambda p: init_state(p, optimizer), shapes(definition.adapter))
@@ -88,12 +91,14 @@ def test_a_further_layer_costs_no_copy_of_its_weights(remat: str) -> None:
     assert growth < weights_of_a_layer(deep_narrow(DEEP)) / 4 / 2
 
 
-@pytest.mark.parametrize("remat", REMATS)
-def test_no_instruction_makes_a_stack_of_matrices(remat: str) -> None:
+@pytest.mark.parametrize(
+    ("remat", "packing"), [*((remat, "ternary2") for remat in REMATS), ("linears", "ternary1.6")]
+)
+def test_no_instruction_makes_a_stack_of_matrices(remat: str, packing: Packing) -> None:
     """Neither packed, nor as integers, nor as floats."""
-    compiled, _ = compiled_step(DEEP, remat)
+    compiled, _ = compiled_step(DEEP, remat, packing)
     config = deep_narrow(DEEP)
-    smallest = min(n * k for n, k in config.linear_shapes.values()) // 4
+    smallest = min(n * k for n, k in config.linear_shapes.values()) // 5
     pattern = re.compile(r"%?\S+ = (\w+)\[(\d+(?:,\d+)*)\]\S* ([\w-]+)\(")
     seen, made = 0, []
     for line in compiled.as_text().splitlines():
