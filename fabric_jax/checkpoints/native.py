@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import jax
 import jax.numpy as jnp
+from fabric_kernels import BlockTable, dequantize_blocks
 
 from fabric_jax.checkpoints.arrays import (
     HostArray,
@@ -61,6 +63,9 @@ def save_model(
 ) -> None:
     """Writes a model folder; it appears whole or not at all.
 
+    A folder holds tables of floats. A quantised one is written as the floats that its codes stand
+    for, not as those that it was made from, which are gone.
+
     Args:
         folder: where; an earlier model folder there is replaced.
         definition: of the decoder, whose adapter is not saved.
@@ -76,6 +81,7 @@ def save_model(
         raise FabricError(
             f"these weights are not those of {definition.config.name}: {summarize(wrong)}"
         )
+    base = _float_tables(base, definition)
     # A folder has one float dtype; what memory holds narrower is widened, which loses nothing.
     stored = base_layouts(define_decoder(definition.config, replace(options, embedding_dtype=None)))
     leaves = {
@@ -96,6 +102,18 @@ def save_model(
             "tokenizer": None if tokenizer_json is None else TOKENIZER,
         }
         write_json(staged / CONFIG, config)
+
+
+def _float_tables(base: Tree, definition: DecoderDefinition) -> Tree:
+    """The tree with float32 tables in place of quantised ones."""
+
+    def widen(table: Tree | jax.Array) -> jax.Array:
+        if not isinstance(table, dict):
+            return table
+        k = definition.config.hidden_size
+        return dequantize_blocks(BlockTable(table["codes"], table["scales"], k))
+
+    return base | {name: widen(base[name]) for name in ("embedding", "head") if name in base}
 
 
 def is_model_folder(folder: Path) -> bool:
