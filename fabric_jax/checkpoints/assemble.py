@@ -2,8 +2,8 @@
 
 Every leaf is one buffer on the host. On CPU the array of jax is that very buffer; elsewhere the
 buffer is given up as soon as the device has its copy. Beside the leaves there is never more than
-one matrix of one layer, or a few rows of a table. Sources give packed matrices as ``ternary2``; for
-another layout each is re-packed on its way into the buffer.
+one matrix of one layer, or a few rows of a table, which may be quantised as they come. Sources give
+packed matrices as ``ternary2``; for another layout each is re-packed on its way into the buffer.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from fabric_kernels import Packing, repack
+from fabric_kernels import Packing, quantize_blocks, repack
 from flax import nnx
 
 from fabric_jax.checkpoints.arrays import HostArray, Layout, layouts
@@ -65,12 +65,18 @@ def assemble_base(definition: DecoderDefinition, source: ModelSource) -> Tree:
 
     linears = {f"layers.{path}.weight": path for path in definition.config.linear_shapes}
     scales = {f"layers.{path}.scale" for path in linears.values()}
+    scales |= {"embedding.scales", "head.scales"}
     # Tables first: while they are read, little else is there yet.
     for name, layout in sorted(expected.items(), key=lambda item: item[0].startswith("layers.")):
         if name in scales:
             continue
         buffer = _aligned(layout)
-        if name not in linears:
+        if name in ("embedding.codes", "head.codes"):
+            table = name.removesuffix(".codes")
+            scale = _aligned(expected[f"{table}.scales"])
+            _read_quantized(source, table, buffer, scale, definition.config.hidden_size)
+            keep(f"{table}.scales", scale)
+        elif name not in linears:
             _read_tensor(source, name, buffer)
         elif source.form == "packed":
             scale = _read_packed(source, linears[name], buffer, definition.options.packing)
@@ -188,6 +194,22 @@ def _read_tensor(source: ModelSource, name: str, buffer: HostArray) -> None:
         _copy(source, name, source.tensor(name, rows=rows), buffer[rows])
 
     _for_each(read, range(0, len(buffer), step), 2 * TABLE_BLOCK_BYTES)
+
+
+def _read_quantized(
+    source: ModelSource, name: str, codes: HostArray, scales: HostArray, k: int
+) -> None:
+    """Fills codes and scales of a table [N, k], quantising blocks of its rows."""
+    step = max(1, TABLE_BLOCK_BYTES // (4 * k))
+
+    def read(start: int) -> None:
+        rows = slice(start, min(start + step, len(codes)))
+        values = np.empty((rows.stop - start, k), np.float32)
+        _copy(source, name, source.tensor(name, rows=rows), values)
+        codes[rows], scales[rows] = quantize_blocks(values, 8 if codes.dtype == np.int8 else 4)
+
+    # The rounding has a few float arrays of the size of its input.
+    _for_each(read, range(0, len(codes), step), 8 * TABLE_BLOCK_BYTES)
 
 
 def _copy(source: ModelSource, what: str, found: HostArray, place: HostArray) -> None:

@@ -86,7 +86,8 @@ def load_base(
         lora: adapters to declare; None for none.
         remat: what the backward pass recomputes.
         implementation: which ``ternary_matmul`` runs; None picks.
-        embedding_dtype: of embedding and head as they are stored; None for ``dtype``.
+        embedding_dtype: of embedding and head as they are stored, ``"int8"`` and ``"int4"``
+            included; None for ``dtype``.
         gradient_bits: of the backward product through packed weights on CPU.
         packing: layout of packed weights, whatever the one they are stored in.
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from fabric_kernels import BlockTable, dequantize_blocks
 
 from fabric_jax.checkpoints.arrays import (
     HostArray,
@@ -66,6 +68,9 @@ def save_model(
 ) -> None:
     """Writes a model folder; it appears whole or not at all.
 
+    A folder holds tables of floats. A quantised one is written as the floats that its codes stand
+    for, not as those that it was made from, which are gone.
+
     Args:
         folder: where; an earlier model folder there is replaced.
         definition: of the decoder, whose adapter is not saved.
@@ -81,6 +86,7 @@ def save_model(
         raise FabricError(
             f"these weights are not those of {definition.config.name}: {summarize(wrong)}"
         )
+    base = _float_tables(base, definition)
     # A folder has one float dtype; what memory holds narrower is widened, which loses nothing.
     plain = replace(options, embedding_dtype=None, packing="ternary2")
     stored = base_layouts(define_decoder(definition.config, plain))
@@ -119,6 +125,18 @@ def _stream(definition: DecoderDefinition, name: str, leaf: Any, layout: Layout)
             yield repack_matrix(leaf[layer], shape[1], options.packing, "ternary2")
 
     return TensorStream(layout=layout, pieces=pieces)
+
+
+def _float_tables(base: Tree, definition: DecoderDefinition) -> Tree:
+    """The tree with float32 tables in place of quantised ones."""
+
+    def widen(table: Tree | jax.Array) -> jax.Array:
+        if not isinstance(table, dict):
+            return table
+        k = definition.config.hidden_size
+        return dequantize_blocks(BlockTable(table["codes"], table["scales"], k))
+
+    return base | {name: widen(base[name]) for name in ("embedding", "head") if name in base}
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -4,18 +4,22 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels import table_matmul, table_matmul_transposed
+from fabric_kernels import BlockTable, table_matmul, table_matmul_transposed
+from fabric_kernels.block_quantization import no_gradient
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from fabric_jax.errors import FabricError
 from fabric_jax.layers.dot import linear
 
 LOGITS_TILE_BYTES = 8 << 20
 
+_Head = jax.Array | BlockTable
+
 
 def tiled_cross_entropy(
     hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | BlockTable,
     targets: Int32[Array, "N"],
     weights: Float32[Array, "N"],
     *,
@@ -27,7 +31,15 @@ def tiled_cross_entropy(
     is formed in the same pass (two products with the head instead of three) and stored as
     ``d hidden`` [N, D]; the gradient of the head is formed only if ``train_head``, otherwise it
     is zero.
+
+    Raises:
+        FabricError: the head to be trained is a table of integers.
     """
+    if train_head and isinstance(head, BlockTable):
+        raise FabricError(
+            f"a head of int{head.bits} codes can't be trained",
+            fix="Store embedding and head as float32 or bfloat16",
+        )
     return _loss(train_head, hidden, head, targets, weights)
 
 
@@ -39,7 +51,7 @@ def tile_tokens(num_tokens: int, vocab_size: int) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(
-    train_head: bool, hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+    train_head: bool, hidden: jax.Array, head: _Head, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
     del train_head
 
@@ -53,8 +65,8 @@ def _loss(
 
 
 def _loss_fwd(
-    train_head: bool, hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    train_head: bool, hidden: jax.Array, head: _Head, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, _Head]]:
     def add(
         carry: tuple[jax.Array, jax.Array], tile: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -72,16 +84,20 @@ def _loss_fwd(
     d_head = jnp.zeros(head.shape if train_head else (), jnp.float32)
     (total, d_head), d_hidden = lax.scan(add, (jnp.float32(0), d_head), tiles)
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    if isinstance(head, BlockTable):
+        return total, (d_hidden, head)
     if not train_head:
         d_head = jnp.zeros((0, *head.shape), head.dtype)
     return total, (d_hidden, d_head.astype(head.dtype))
 
 
 def _loss_bwd(
-    train_head: bool, residuals: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None]:
+    train_head: bool, residuals: tuple[jax.Array, _Head], g: jax.Array
+) -> tuple[jax.Array, _Head, None, None]:
     d_hidden, d_head = residuals
     d_hidden = (d_hidden.astype(jnp.float32) * g).astype(d_hidden.dtype)
+    if isinstance(d_head, BlockTable):
+        return d_hidden, no_gradient(d_head), None, None
     if train_head:
         d_head = (d_head.astype(jnp.float32) * g).astype(d_head.dtype)
     else:

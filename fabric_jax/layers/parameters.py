@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fabric_kernels import Packing, packed_width, repack
+from fabric_kernels.block_quantization import ZERO4, TableBits, code_bytes
 from flax import nnx
 from jax import lax
 from jax.extend.random import threefry_2x32
@@ -70,6 +71,42 @@ class Uniform:
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         """An array of ``shape`` and ``dtype``."""
         return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
+
+
+ABSMAX_OF_GROUP = 2.347
+"""Expected largest magnitude of 32 standard normal numbers."""
+
+
+def normal_scale(std: float, bits: TableBits) -> float:
+    """The scale that a group of 32 Gaussian values has on average."""
+    return std * ABSMAX_OF_GROUP / (127 if bits == 8 else 8)
+
+
+@dataclass(frozen=True)
+class NormalCodes:
+    """Codes of a quantised Gaussian table whose scales are all ``normal_scale(std, bits)``.
+
+    Values beyond the range are clipped, 2 % of them. Blocks of rows are floats only while they are
+    drawn (``models.initialize``).
+
+    Attributes:
+        k: codes in a row.
+        bits: 8 or 4, see ``fabric_kernels.block_quantization``.
+    """
+
+    k: int
+    bits: TableBits
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        """An array of ``shape`` and ``dtype``: int8, or uint8 with two codes a byte."""
+        if self.bits == 8:
+            values = jax.random.normal(key, shape, jnp.float32) / normal_scale(1.0, 8)
+            return jnp.clip(jnp.round(values), -127, 127).astype(dtype)
+        values = jax.random.normal(key, (*shape, 2), jnp.float32) / normal_scale(1.0, 4)
+        codes = jnp.clip(jnp.round(values) + ZERO4, 0, 15).astype(dtype)
+        if self.k < 2 * code_bytes(self.k, 4):
+            codes = codes.at[..., -1, 1].set(ZERO4)
+        return codes[..., 0] | codes[..., 1] << jnp.asarray(4, dtype)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from fabric_kernels import packed_width
+from fabric_kernels.block_quantization import table_bytes
 
 from fabric_jax.layers.lora import LoraConfig
+from fabric_jax.layers.table import table_bits
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions
 from fabric_jax.models.initialize import Tree
@@ -23,7 +25,7 @@ class MemoryByCategory:
     Attributes:
         weights: of the linears in all layers; packed bytes where the model is packed.
         scales: one float32 per packed matrix.
-        embedding_and_head: one matrix where the head is tied.
+        embedding_and_head: one matrix where the head is tied; scales included where quantised.
         norms: gains.
         adapters: LoRA matrices.
         optimizer: its moments, and a few bytes of step counters.
@@ -134,8 +136,7 @@ def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCate
         case "float":
             weights, scales = sum(item * n * k for n, k in shapes), 0
     weights, scales = config.num_layers * weights, config.num_layers * scales
-    table_item = jnp.dtype(options.embedding_dtype or options.dtype).itemsize
-    embedding = table_item * config.embedding_parameters
+    embedding = _table_bytes(config, options)
     norms = item * config.norm_parameters
     adapters = adapter_parameters(config, options.lora)
     trained = adapters or (0 if options.mode == "packed" else config.parameters)
@@ -149,6 +150,16 @@ def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCate
         gradients=FLOAT32_BYTES * trained,
         temporaries=None,
     )
+
+
+def _table_bytes(config: ModelConfig, options: DecoderOptions) -> int:
+    """Bytes of embedding and head."""
+    dtype = options.embedding_dtype or options.dtype
+    bits = table_bits(dtype)
+    if bits is None:
+        return jnp.dtype(dtype).itemsize * config.embedding_parameters
+    tables = 1 if config.tied_head else 2
+    return tables * table_bytes(config.vocab_size, config.hidden_size, bits)
 
 
 def adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:

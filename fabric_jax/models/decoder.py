@@ -7,7 +7,7 @@ from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels import Packing, table_matmul
+from fabric_kernels import BlockTable, Packing, table_matmul
 from fabric_kernels.attention import Angles
 from fabric_kernels.ternary_matmul import NARROW_PRODUCT, GradientBits, Implementation
 from flax import nnx
@@ -29,7 +29,8 @@ from fabric_jax.layers.feed_forward import FeedForward
 from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.layers.norm import RMSNorm
-from fabric_jax.layers.parameters import AdapterParam, BaseParam, Normal, declare_base
+from fabric_jax.layers.parameters import AdapterParam, BaseParam
+from fabric_jax.layers.table import declare_table, table_rows, table_value
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.views import Views, cache_views, row_views
 from fabric_jax.quantization.absmax import ActQuant
@@ -47,7 +48,8 @@ class DecoderOptions:
         mode: form of the linears' weights. A model that is not ternary has only ``float``.
         packing: layout of packed weights: 2 or 1.6 bits each. Results are the same, bit for bit.
         dtype: of activations, norms and float weights.
-        embedding_dtype: of embedding and head as they are stored; None for ``dtype``.
+        embedding_dtype: of embedding and head as they are stored: a float dtype, ``"int8"`` or
+            ``"int4"`` (frozen codes with scales); None for ``dtype``.
         act_quant: quantiser of the inputs of ternary linears.
         implementation: which ``ternary_matmul`` runs; ``None`` picks the best for the device.
         remat: what the backward pass recomputes.
@@ -157,10 +159,10 @@ class Decoder(nnx.Module):
         )
         table = (config.vocab_size, config.hidden_size)
         table_dtype = options.embedding_dtype or options.dtype
-        self.embedding = declare_base(table, table_dtype, Normal(INIT_STD))
+        self.embedding = declare_table(table, table_dtype, INIT_STD)
         self.layers = Block(config, stacked)
         self.final_norm = _norm(config, options, ())
-        self.head = None if config.tied_head else declare_base(table, table_dtype, Normal(INIT_STD))
+        self.head = None if config.tied_head else declare_table(table, table_dtype, INIT_STD)
         self.config = config
         self.dtype = options.dtype
         self.remat: Remat = options.remat
@@ -210,13 +212,13 @@ class Decoder(nnx.Module):
             train_head=train_head,
         )
 
-    def head_weight(self) -> Float[Array, "V D"]:
+    def head_weight(self) -> Float[Array, "V D"] | BlockTable:
         """The matrix of the head: its own, or the embedding."""
-        return self.embedding[...] if self.head is None else self.head[...]
+        return table_value(self.embedding if self.head is None else self.head)
 
     def embed(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream that enters the first layer."""
-        h = self.embedding[...][tokens].astype(self.dtype)
+        h = table_rows(self.embedding, tokens, self.dtype)
         if self.config.embedding_scale:
             h = h * jnp.asarray(math.sqrt(self.config.hidden_size), h.dtype)
         return h

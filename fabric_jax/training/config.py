@@ -145,7 +145,8 @@ class FinetuneConfig(RunConfig):
             packed is ternary2 (2 bits a weight); ternary1.6 holds five weights a byte, with the
             same results.
         embedding_dtype: of embedding and head in memory; same is dtype. Half precision takes half
-            the bytes and no more time on CPU.
+            the bytes and no more time on CPU; int8 and int4 take 8.5 and 4.5 bits a weight, rounded
+            as GGUF's Q8_0 and Q4_0 are.
         gradient_bits: of gradients in the backward product through packed weights on CPU: 16 (fixed
             point) takes about two thirds of the time of 24, which is as exact as float32.
         implementation: of products with packed weights; auto picks the fastest there is.
@@ -155,7 +156,7 @@ class FinetuneConfig(RunConfig):
     adapter: str = ""
     lora: LoraConfig = field(default_factory=LoraConfig)
     weights: Literal["auto", "packed", "ternary2", "ternary1.6", "master", "float"] = "auto"
-    embedding_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
+    embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
     gradient_bits: GradientBits = 16
     implementation: Literal["auto", "cpu", "xla"] = "auto"
 

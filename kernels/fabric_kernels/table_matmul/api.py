@@ -1,7 +1,8 @@
 """Products of activations with a table [N, K] that is stored in its own dtype.
 
 XLA on CPU would widen a whole half-precision table to float32 beside it, and hoists that copy out
-of any loop over tiles; the kernel widens panels that fit the cache.
+of any loop over tiles; the kernel widens panels that fit the cache. Tables of integers have no
+kernel yet: XLA takes them by tiles of rows.
 """
 
 from functools import partial
@@ -12,43 +13,55 @@ import jax.numpy as jnp
 from jax import lax
 
 from fabric_kernels import cpu_library
+from fabric_kernels.block_quantization import BlockTable
+from fabric_kernels.table_matmul.dot import dot
+from fabric_kernels.table_matmul.quantized import block_product, block_transposed
 
 Implementation = Literal["xla", "cpu"]
 CPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def table_matmul(
-    x: jax.Array, table: jax.Array, *, implementation: Implementation | None = None
+    x: jax.Array, table: jax.Array | BlockTable, *, implementation: Implementation | None = None
 ) -> jax.Array:
     """``x[..., K] · table[N, K]^T`` as float32 [..., N].
 
     The table is multiplied as it is; with a float32 ``x`` nothing is rounded before the product.
-    Differentiable in both; the gradient by the table is a dense [N, K].
+    Differentiable in both; the gradient by the table is a dense [N, K], or zero where the table is
+    one of integers, which are frozen.
 
     Args:
         x: [..., K], floats.
-        table: [N, K], floats.
+        table: [N, K], floats or quantised. Quantised rows are multiplied in the dtype of ``x``, and
+            at most 8 MiB of them exist as floats at once.
         implementation: ``cpu`` or ``xla``; None picks. A named one runs or raises.
 
     Raises:
-        ValueError: the shapes do not fit, or the implementation is unknown.
+        ValueError: the shapes do not fit, or the implementation is unknown or has no product with
+            such a table.
     """
     _check(x, table, 1)
+    if isinstance(table, BlockTable):
+        _check_quantized(table, implementation)
+        return block_product(x, table)
     return _product(_on_cpu(table, implementation), x, table)
 
 
 def table_matmul_transposed(
-    g: jax.Array, table: jax.Array, *, implementation: Implementation | None = None
+    g: jax.Array, table: jax.Array | BlockTable, *, implementation: Implementation | None = None
 ) -> jax.Array:
     """``g[..., N] · table[N, K]`` as float32 [..., K]; otherwise as :func:`table_matmul`."""
     _check(g, table, 0)
+    if isinstance(table, BlockTable):
+        _check_quantized(table, implementation)
+        return block_transposed(g, table)
     return _transposed(_on_cpu(table, implementation), g, table)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(on_cpu: bool, x: jax.Array, table: jax.Array) -> jax.Array:
     if not on_cpu:
-        return _dot(x, table, 1)
+        return dot(x, table, 1)
     out = jax.ShapeDtypeStruct((*x.shape[:-1], table.shape[0]), jnp.float32)
     call = jax.ffi.ffi_call("fabric_table", out, vmap_method="sequential")
     return call(x.astype(jnp.float32), table)
@@ -57,7 +70,7 @@ def _product(on_cpu: bool, x: jax.Array, table: jax.Array) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _transposed(on_cpu: bool, g: jax.Array, table: jax.Array) -> jax.Array:
     if not on_cpu:
-        return _dot(g, table, 0)
+        return dot(g, table, 0)
     out = jax.ShapeDtypeStruct((*g.shape[:-1], table.shape[1]), jnp.float32)
     call = jax.ffi.ffi_call("fabric_table_transposed", out, vmap_method="sequential")
     return call(g.astype(jnp.float32), table)
@@ -119,19 +132,17 @@ def _on_cpu(table: jax.Array, implementation: Implementation | None) -> bool:
     return implementation == "cpu"
 
 
-def _check(x: jax.Array, table: jax.Array, axis: int) -> None:
-    if table.ndim != 2 or x.shape[-1] != table.shape[axis]:
+def _check_quantized(table: BlockTable, implementation: Implementation | None) -> None:
+    table.check()
+    if implementation not in (None, "xla"):
+        raise ValueError(
+            f"products with a quantised table have the implementation xla; found {implementation!r}"
+        )
+
+
+def _check(x: jax.Array, table: jax.Array | BlockTable, axis: int) -> None:
+    if len(table.shape) != 2 or x.shape[-1] != table.shape[axis]:
         raise ValueError(
             f"the last axis of x and axis {axis} of a table [N, K] are contracted, "
             f"found {list(x.shape)} and {list(table.shape)}"
         )
-
-
-def _dot(x: jax.Array, table: jax.Array, axis: int) -> jax.Array:
-    return lax.dot_general(
-        x,
-        table.astype(x.dtype),
-        (((x.ndim - 1,), (axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
