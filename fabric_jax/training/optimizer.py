@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fabric_jax.models.initialize import Tree
+from fabric_jax.training.blockwise import scale_by_adam_8bit
 from fabric_jax.training.config import OptimizerConfig
 
 
@@ -45,14 +46,13 @@ def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW on that schedule; all of it in float32."""
-    adamw = optax.adamw(
-        learning_rate_schedule(config, total_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=_decays,
+    """Clipping by global norm, then AdamW on that schedule; all of it computed in float32."""
+    scale = scale_by_adam_8bit if config.moments == "int8" else optax.scale_by_adam
+    # What optax.adamw is made of.
+    adamw = optax.chain(
+        scale(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, _decays),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
     )
     if config.clip_norm == 0:
         return _in_float32(adamw)
