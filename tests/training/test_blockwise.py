@@ -256,9 +256,11 @@ def base(micro_definition: DecoderDefinition) -> Tree:
 
 
 def test_a_decoder_learns_as_with_float32(micro_definition: DecoderDefinition, base: Tree) -> None:
+    """At three times this rate two float32 runs that start from other adapters, and hence these
+    two, are 1% apart for a while: rounded activations make the paths chaotic."""
     curves: list[Float32] = []
     for moments in ("float32", "int8"):
-        config = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, moments=moments)
+        config = OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.0, moments=moments)
         optimizer = make_optimizer(config, 200)
         step = make_train_step(micro_definition, optimizer)
         state = init_state(initialize_adapter(micro_definition, 0), optimizer)
@@ -268,8 +270,8 @@ def test_a_decoder_learns_as_with_float32(micro_definition: DecoderDefinition, b
             losses.append(float(metrics.loss))
         curves.append(np.asarray(losses).reshape(10, 20).mean(axis=1))
     exact, found = curves
-    assert exact[0] - exact[-1] > 0.4
-    np.testing.assert_allclose(found, exact, rtol=0.02)
+    assert exact[0] - exact[-1] > 0.25
+    np.testing.assert_allclose(found, exact, rtol=5e-3)
 
 
 def test_moments_take_two_bytes_a_parameter() -> None:
