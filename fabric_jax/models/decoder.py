@@ -1,6 +1,7 @@
 """The decoder: one module for every model, its layers stacked and scanned."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -234,7 +235,6 @@ class Decoder(nnx.Module):
         graphdef, *states = nnx.split(self.layers, AdapterParam, BaseParam)
         adapter, base = (nnx.to_pure_dict(state) for state in states)
         packed, base = _split_packed(base)
-        scale = self.config.attention_scale
 
         def body(
             carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, tuple[Any, ...]]
@@ -243,19 +243,7 @@ class Decoder(nnx.Module):
             index, trees = layer
             adapter, base = trees
             block: Block = nnx.merge(graphdef, adapter, _join(packed, base))
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            context = LayerContext(index=index, dropout_key=key)
-            view = views.at(index)
-            # A cache holds keys that are turned; without one it is left to the attention.
-            early, late = (None, view.angles) if cache is None else (view.angles, None)
-            q, k, v = block.project(h, early, context)
-            if cache is not None:
-                cache = cache.write(index, positions, k, v)
-                k, v = cache.read(index, h.dtype)
-            attended = attend(
-                q, k, v, view.mask, scale, angles=late, implementation=self.attention_runs
-            )
-            return (block.combine(h, attended, context), cache), None
+            return self._layer(block, h, index, positions, views, cache, dropout_key), None
 
         match self.remat:
             case "none":
@@ -269,6 +257,54 @@ class Decoder(nnx.Module):
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (h, cache), _ = lax.scan(body, (h, cache), (indices, (adapter, base)))
         return self.final_norm(h), cache
+
+    def layer_function(
+        self,
+        positions: Int32[Array, "B T"],
+        segment_ids: Int32[Array, "B T"],
+        dropout_key: jax.Array | None = None,
+    ) -> Callable[[jax.Array, jax.Array, dict[str, Any]], jax.Array]:
+        """One layer as ``(h, index, adapter) -> h``, for loops over layers that are not a forward.
+
+        ``h`` [B, T, D] is the residual stream, ``adapter`` the layer's own adapter parameters. The
+        base is read where it lies in this decoder.
+        """
+        graphdef, _, state = nnx.split(self.layers, AdapterParam, BaseParam)
+        packed, rest = _split_packed(nnx.to_pure_dict(state))
+        views = row_views(self.config, positions, segment_ids)
+
+        def layer(h: jax.Array, index: jax.Array, adapter: dict[str, Any]) -> jax.Array:
+            own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), rest)
+            block: Block = nnx.merge(graphdef, adapter, _join(packed, own))
+            return self._layer(block, h, index, positions, views, None, dropout_key)[0]
+
+        return layer
+
+    def _layer(
+        self,
+        block: Block,
+        h: jax.Array,
+        index: jax.Array,
+        positions: jax.Array,
+        views: Views,
+        cache: KVCache | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The residual stream after one layer, and the cache with its keys and values."""
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        context = LayerContext(index=index, dropout_key=key)
+        view = views.at(index)
+        # A cache holds keys that are turned; without one it is left to the attention.
+        early, late = (None, view.angles) if cache is None else (view.angles, None)
+        q, k, v = block.project(h, early, context)
+        if cache is not None:
+            cache = cache.write(index, positions, k, v)
+            k, v = cache.read(index, h.dtype)
+        scale = self.config.attention_scale
+        attended = attend(
+            q, k, v, view.mask, scale, angles=late, implementation=self.attention_runs
+        )
+        return block.combine(h, attended, context), cache
 
 
 def _split_packed(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -150,6 +150,8 @@ class FinetuneConfig(RunConfig):
         gradient_bits: of gradients in the backward product through packed weights on CPU: 16 (fixed
             point) takes about two thirds of the time of 24, which is as exact as float32.
         implementation: of products with packed weights; auto picks the fastest there is.
+        fused_update: update each layer's adapter within the backward pass, so that one layer's
+            gradient exists at a time. Needs remat layer, accumulation 1 and clip_norm 0.
     """
 
     model: str
@@ -159,12 +161,15 @@ class FinetuneConfig(RunConfig):
     embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
     gradient_bits: GradientBits = 16
     implementation: Literal["auto", "cpu", "xla"] = "auto"
+    fused_update: bool = False
 
     def __post_init__(self) -> None:
         """Refuses numbers that can't be meant."""
         super().__post_init__()
         if self.lora.rank == 0:
             raise FabricError("LoRA rank 0 trains nothing", fix="Give --rank 1 or more")
+        if self.fused_update:
+            check_fused(self.optimizer, self.remat, self.accumulation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +188,26 @@ class PretrainConfig(RunConfig):
         """Refuses numbers that can't be meant."""
         super().__post_init__()
         _at_least_zero(vocab_size=self.vocab_size)
+
+
+def check_fused(optimizer: OptimizerConfig, remat: Remat, accumulation: int = 1) -> None:
+    """Refuses what an update within the backward pass can't do.
+
+    Raises:
+        FabricError: a setting needs all gradients at once, or keeps more than layers' inputs.
+    """
+    for name, value, needed in (
+        ("clip_norm", optimizer.clip_norm, 0),
+        ("remat", remat, "layer"),
+        ("accumulation", accumulation, 1),
+    ):
+        if value != needed:
+            raise FabricError(
+                "a fused update has one layer's gradient at a time",
+                expected=f"{name} {needed}",
+                found=str(value),
+                fix=f"Give --{name.replace('_', '-')} {needed}, or leave out --fused-update",
+            )
 
 
 def _at_least_zero(**values: float) -> None:

@@ -79,6 +79,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Summa
             keep_best=True,
             resume_with=command_line("finetune", replace(config, resume="auto")),
             notes=tuple(notes_on(config.adapter)) if config.adapter else (),
+            fused=config.fused_update,
         )
 
     return train(config, prepare, console=console)

@@ -31,7 +31,7 @@ from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, Remat, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_adapter, initialize_base
 from fabric_jax.models.registry import REGISTRY
-from fabric_jax.training.config import OptimizerConfig
+from fabric_jax.training.config import OptimizerConfig, check_fused
 from fabric_jax.training.optimizer import make_optimizer
 from fabric_jax.training.step import TrainState, init_state, make_train_step
 
@@ -57,6 +57,7 @@ class MemoryConfig:
         embedding_dtype: of embedding and head in memory; same is dtype.
         remat: what the backward pass recomputes instead of keeping.
         implementation: of products with packed weights; auto picks the fastest there is.
+        fused_update: whether each layer's adapter is updated within the backward pass.
         max_length: positions in a row.
         batch_size: rows in a micro-batch.
         compile: whether to compile the step for this machine's device, which allocates nothing.
@@ -74,6 +75,7 @@ class MemoryConfig:
     embedding_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
     remat: Remat = "linears"
     implementation: Literal["auto", "cpu", "xla"] = "auto"
+    fused_update: bool = False
     max_length: int = 128
     batch_size: int = 1
     compile: bool = True
@@ -94,6 +96,8 @@ class MemoryConfig:
             raise FabricError("steps and fits are 0 or more")
         if bool(self.model) == bool(self.fits):
             raise FabricError("memory is asked of one --model, or of --fits GiB")
+        if self.fused_update:
+            check_fused(self.optimizer, self.remat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +197,13 @@ def predict(
     """The analytic column; the optimizer's bytes are those of its own abstract state."""
     like: Tree = nnx.to_pure_dict(definition.adapter)
     moments = jax.eval_shape(make_optimizer(config.optimizer, STEPS_OF_SCHEDULE).init, like)
+    predicted = predict_memory(definition.config, definition.options)
+    gradients = predicted.gradients or 0
+    if config.fused_update:
+        gradients //= definition.config.num_layers
     arrays = replace(
-        predict_memory(definition.config, definition.options),
+        predicted,
+        gradients=gradients,
         optimizer=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(moments)),
     )
     options = definition.options
@@ -250,7 +259,7 @@ def _compile(definition: DecoderDefinition, config: MemoryConfig) -> jax.stages.
     key = jax.eval_shape(lambda: jax.random.key(0))
     shape = (1, config.batch_size, config.max_length)
     batch = jax.eval_shape(lambda: _batch(shape, definition.config.vocab_size))
-    step = make_train_step(definition, optimizer)
+    step = make_train_step(definition, optimizer, fused=config.fused_update)
     return step.lower(
         cast(TrainState, state), frozen, cast(Batch, batch), cast(jax.Array, key)
     ).compile()

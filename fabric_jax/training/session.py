@@ -56,6 +56,7 @@ class Job:
         keep_best: whether to export the best state too, beside the last.
         resume_with: what the user is told to run after an interrupt.
         notes: what else is said before the first step.
+        fused: whether each layer is updated within the backward pass.
     """
 
     definition: DecoderDefinition
@@ -69,6 +70,7 @@ class Job:
     keep_best: bool
     resume_with: str
     notes: tuple[str, ...] = ()
+    fused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,9 @@ class Session:
         dataset = self.config.dataset
         shape = (self.config.accumulation, dataset.batch_size, dataset.max_length)
         self._root = jax.random.fold_in(jax.random.key(self.config.seed), DROPOUT_STREAM)
-        step = make_train_step(self.job.definition, self.optimizer, trains=self.job.trains)
+        step = make_train_step(
+            self.job.definition, self.optimizer, trains=self.job.trains, fused=self.job.fused
+        )
         compiled = step.lower(
             self.state, self.job.frozen, _abstract_batch(shape), self._root
         ).compile()

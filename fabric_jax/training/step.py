@@ -14,6 +14,7 @@ from jaxtyping import Array, Float32, Int32
 from fabric_jax.data.batch import Batch
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
+from fabric_jax.training.fused_step import fused_update
 from fabric_jax.training.optimizer import to_float32
 
 Trains = Literal["adapter", "base"]
@@ -80,6 +81,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     trains: Trains = "adapter",
+    fused: bool = False,
 ) -> TrainStep:
     """The compiled step ``(state, frozen, batch, root_key) -> (state, metrics)``.
 
@@ -87,7 +89,12 @@ def make_train_step(
     are added, then divided by the number of trainable tokens in all of them, so that every token
     weighs the same wherever it lies. Random numbers come from ``root_key`` folded with the step
     and the micro-batch. ``state`` is donated: its buffers become those of the new state.
+
+    ``fused`` updates each layer's adapter within the backward pass (``fused_step.py``): one
+    micro-batch, no clipping by the global norm, and the pass recomputes all but layers' inputs.
     """
+    if fused:
+        return _fused_step(definition, optimizer)
 
     def loss_sum(params: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
         base, adapter = (frozen, params) if trains == "adapter" else (params, frozen)
@@ -121,6 +128,32 @@ def make_train_step(
             trainable_tokens=tokens,
             real_tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
             grad_norm=optax.tree.norm(grads),
+        )
+        return TrainState(params=params, moments=moments, step=state.step + 1), metrics
+
+    return step
+
+
+def _fused_step(
+    definition: DecoderDefinition, optimizer: optax.GradientTransformation
+) -> TrainStep:
+    @partial(jax.jit, donate_argnums=(0,))
+    def step(
+        state: TrainState, frozen: Tree, batch: Batch, root_key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        if batch.tokens.shape[0] != 1:
+            raise ValueError(f"a fused update takes one micro-batch, found {batch.tokens.shape[0]}")
+        key = jax.random.fold_in(root_key, state.step)
+        micro = jax.tree.map(lambda x: x[0], batch)
+        params, moments, total, grad_norm = fused_update(
+            definition, optimizer, state.params, state.moments, frozen, micro, key
+        )
+        tokens = jnp.sum(batch.loss_mask)
+        metrics = StepMetrics(
+            loss=total / jnp.maximum(tokens, 1.0),
+            trainable_tokens=tokens,
+            real_tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
+            grad_norm=grad_norm,
         )
         return TrainState(params=params, moments=moments, step=state.step + 1), metrics
 
