@@ -62,24 +62,25 @@ def fused_update(
 
     scalars, stacks = _split(moments)
 
+    # The slices of the layer that is next are read in the turn before, after that turn's writes: a
+    # fusion that reads the stacks while another one writes them would have XLA copy them each turn.
     def backward(carry: tuple[Any, ...], item: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        dh, params, stacks, squares, _ = carry
+        dh, (params, stacks), (own, arrays), squares, _ = carry
         index, h = item
-        # As arrays of their own: a fusion that reads the stacks themselves while another one writes
-        # them would have XLA copy these in every turn.
-        own, arrays = lax.optimization_barrier((_at(params, index), _at(stacks, index)))
         _, pull_back = jax.vjp(lambda h, own: layer(h, index, own["layers"]), h, own)
         dh, grads = pull_back(dh)
         grads = jax.tree.map(lambda g: g * share, to_float32(grads))
         squares = squares + sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
-        state = _join(moments, scalars, arrays)
-        updates, state = optimizer.update(grads, state, own)
+        # Every layer counts from the same number of steps.
+        updates, state = optimizer.update(grads, _join(moments, scalars, arrays), own)
         own = jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), own, updates)
-        done, changed = _split(state)  # every layer counts from the same number of steps
-        return (dh, _put(params, own, index), _put(stacks, changed, index), squares, done), None
+        done, arrays = _split(state)
+        whole = _put((params, stacks), (own, arrays), index)
+        return (dh, whole, _at(whole, jnp.maximum(index - 1, 0)), squares, done), None
 
-    start = (dh, params, stacks, jnp.float32(0), scalars)
-    (_, params, stacks, squares, scalars), _ = lax.scan(
+    whole = (params, stacks)
+    start = (dh, whole, _at(whole, indices[-1]), jnp.float32(0), scalars)
+    (_, (params, stacks), _, squares, scalars), _ = lax.scan(
         backward, start, (indices, inputs), reverse=True
     )
     return params, _join(moments, scalars, stacks), loss, jnp.sqrt(squares)
