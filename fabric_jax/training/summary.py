@@ -42,6 +42,7 @@ class Summary:
         compiled_temporary_bytes: what the compiled step needs beside its arguments and results;
             None where it wasn't compiled.
         implementation: of ``ternary_matmul``; None where no weight is packed.
+        packing: layout of packed weights; None where no weight is packed.
         platform: cpu, gpu or tpu.
         device: its name.
         device_count: local devices.
@@ -78,6 +79,7 @@ class Summary:
     peak_bytes: int
     compiled_temporary_bytes: int | None
     implementation: str | None
+    packing: str | None
     platform: str
     device: str
     device_count: int

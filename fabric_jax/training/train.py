@@ -145,6 +145,7 @@ def implementation(definition: DecoderDefinition) -> str | None:
 
 def _summarise(session: Session) -> Summary:
     job, output = session.job, session.output
+    options = job.definition.options
     best = output / f"{job.kind}_best"
     has_best = job.keep_best and session.totals.best_step is not None
     return Summary(
@@ -158,6 +159,7 @@ def _summarise(session: Session) -> Summary:
         compile_seconds=session.compile_seconds,
         compiled_temporary_bytes=session.temporary_bytes,
         implementation=implementation(job.definition),
+        packing=options.packing if options.mode == "packed" else None,
         **measured(session.totals),
         **machine(),
     )

@@ -47,6 +47,21 @@ def test_a_crashed_run_goes_on_bit_for_bit(
     assert resumed.steps == 8
 
 
+def test_a_run_goes_on_bit_for_bit_in_another_packing(
+    whole: tuple[FinetuneConfig, Summary],
+    tmp_path: Path,
+    quiet: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference, _ = whole
+    config = replace(reference, output=str(tmp_path / "run"), save_every=5)
+    with crash_at_batch(8, monkeypatch):
+        finetune(replace(config, weights="ternary2"), console=quiet)
+    finetune(replace(config, weights="ternary1.6", resume="auto"), console=quiet)
+    assert adapter_bytes(Path(config.output)) == adapter_bytes(Path(reference.output))
+    assert timeless(Path(config.output)) == timeless(Path(reference.output))
+
+
 def test_a_finished_run_is_exported_again_without_training(
     whole: tuple[FinetuneConfig, Summary], quiet: Console
 ) -> None:
