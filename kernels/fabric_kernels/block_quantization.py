@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax import lax
 from jax.typing import DTypeLike
 
 GROUP = 32
@@ -140,7 +141,10 @@ def dequantize_blocks(table: BlockTable, dtype: DTypeLike = jnp.float32) -> jax.
     k = table.k
     codes = table.codes
     if table.bits == 4:
-        fields = jnp.stack([codes & jnp.uint8(15), codes >> jnp.uint8(4)], -1)
+        # Shifts of a broadcast byte: XLA on CPU joins two halves element by element, which is slow.
+        pairs = (*codes.shape, 2)
+        shifts = jnp.uint8(4) * lax.broadcasted_iota(jnp.uint8, pairs, codes.ndim)
+        fields = jnp.broadcast_to(codes[..., None], pairs) >> shifts & jnp.uint8(15)
         codes = fields.reshape(*codes.shape[:-1], -1)[..., :k].astype(jnp.int8) - jnp.int8(ZERO4)
     pad = [(0, 0)] * (codes.ndim - 1) + [(0, -k % GROUP)]
     blocks = jnp.pad(codes, pad).reshape(*codes.shape[:-1], groups(k), GROUP)

@@ -101,6 +101,7 @@ def test_random_tables_are_gaussian(dtype: str) -> None:
     values = np.asarray(float_tables(config, base)["embedding"])
     plain = np.asarray(initialize_base(define(config, None), 0)["embedding"])
     assert values.mean() == pytest.approx(0, abs=0.01 * float(plain.std()))
+    assert np.corrcoef(values.ravel(), plain.ravel())[0, 1] > 0.98
     assert values.std() == pytest.approx(float(plain.std()), rel=0.03)
 
 
