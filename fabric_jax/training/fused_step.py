@@ -8,7 +8,7 @@ sums over micro-batches, is not to be had.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def _put(stacks: Any, layers: Any, index: jax.Array) -> Any:
 
 def _split(state: Any) -> tuple[list[Any], list[Any]]:
     """The scalars of an optimizer's state, and its arrays, each with None for the others."""
-    leaves = cast(list[Any], jax.tree.leaves(state))
+    leaves = jax.tree.leaves(state)
     return (
         [leaf if leaf.ndim == 0 else None for leaf in leaves],
         [None if leaf.ndim == 0 else leaf for leaf in leaves],

@@ -10,7 +10,7 @@ from fabric_kernels.ternary_matmul import select_implementation
 from flax import nnx
 
 from fabric_jax.checkpoints.assemble import in_form
-from fabric_jax.checkpoints.loading import open_source
+from fabric_jax.checkpoints.loading import mode_and_packing, open_source
 from fabric_jax.data.batch import Batch
 from fabric_jax.errors import FabricError
 from fabric_jax.layers.lora import LoraConfig
@@ -52,7 +52,8 @@ class MemoryConfig:
             read; a measurement takes random weights in any case.
         lora: rank, targets and the like.
         optimizer: AdamW.
-        weights: form of the base's linears; auto is packed where the model is ternary.
+        weights: form of the base's linears; auto is packed where the model is ternary. packed is
+            ternary2 (2 bits a weight); ternary1.6 holds five weights a byte.
         dtype: of activations and unpacked weights.
         embedding_dtype: of embedding and head in memory; same is dtype.
         remat: what the backward pass recomputes instead of keeping.
@@ -70,9 +71,9 @@ class MemoryConfig:
     model: str = ""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    weights: Literal["auto", "packed", "master", "float"] = "auto"
+    weights: Literal["auto", "packed", "ternary2", "ternary1.6", "master", "float"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    embedding_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
+    embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
     remat: Remat = "linears"
     implementation: Literal["auto", "cpu", "xla"] = "auto"
     fused_update: bool = False
@@ -218,7 +219,7 @@ def predict(
 
 
 def _define(config: MemoryConfig) -> DecoderDefinition:
-    mode = None if config.weights == "auto" else config.weights
+    mode, packing = mode_and_packing(config.weights)
     model: ModelConfig
     if config.model in REGISTRY:
         model = REGISTRY[config.model]
@@ -234,6 +235,7 @@ def _define(config: MemoryConfig) -> DecoderDefinition:
         )
     options = DecoderOptions(
         mode=mode,
+        packing=packing,
         dtype=config.dtype,
         implementation=None if config.implementation == "auto" else config.implementation,
         remat=config.remat,

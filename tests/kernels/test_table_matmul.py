@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fabric_kernels import cpu_library, table_matmul, table_matmul_transposed
+from fabric_kernels.table_matmul import xla
 from fabric_kernels.table_matmul.api import Implementation
 from jax.test_util import check_grads
 
@@ -98,6 +99,33 @@ def test_no_wide_copy_of_a_half_precision_table_is_made() -> None:
     x = jax.ShapeDtypeStruct((8, 256), jnp.float32)
     compiled = jax.jit(lambda x, t: table_matmul(x, t, implementation="cpu")).lower(x, table)
     assert compiled.compile().memory_analysis().temp_size_in_bytes < 4096 * 256
+
+
+@pytest.mark.parametrize("rows", [700, 768])
+def test_a_large_table_is_taken_by_tiles(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, g, table = problem(3, rows, 40, "bfloat16")
+    wide = np.asarray(table, np.float64)
+    monkeypatch.setattr(xla, "TILE_BYTES", 256 * 40 * 4)
+    assert xla.tile_rows(rows, 40, x.dtype) == 256
+    y = table_matmul(x, table, implementation="xla")
+    assert_close(y, np.asarray(x, np.float64) @ wide.T, 40)
+    dx = table_matmul_transposed(g, table, implementation="xla")
+    assert_close(dx, np.asarray(g, np.float64) @ wide, rows)
+
+
+def test_no_cast_copy_of_a_large_table_is_made() -> None:
+    rows, k = 32_002, 1024
+    table = jax.ShapeDtypeStruct((rows, k), jnp.float16)
+    x = jax.ShapeDtypeStruct((16, k), jnp.bfloat16)
+
+    def both(x: jax.Array, table: jax.Array) -> jax.Array:
+        y = table_matmul(x, table, implementation="xla").astype(jnp.bfloat16)
+        return table_matmul_transposed(y, table, implementation="xla")
+
+    temporary = jax.jit(both).lower(x, table).compile().memory_analysis().temp_size_in_bytes
+    # A tile in float32, which CPU's dots take instead of bfloat16, beside it in bfloat16; logits.
+    assert temporary < 4 * xla.TILE_BYTES
+    assert temporary < rows * k * 2
 
 
 def test_wrong_arguments() -> None:

@@ -44,12 +44,14 @@ def test_the_packed_linears_take_two_bits_each(compiled):
     assert compiled.arrays.weights == config.linear_parameters // 4
 
 
-def test_a_measured_job_peaks_above_its_arrays():
+def test_a_measured_job_peaks_above_its_arrays():  # the baseline is of this busy process
     config = replace(SMALL, model="bitnet-tiny", max_length=32, steps=2)
     found = account(config)
     assert found.measured is not None
     assert found.measured.steps == 2
-    assert found.measured.peak > found.measured.baseline > 0
+    arrays = found.arrays
+    assert found.measured.peak > arrays.base + arrays.adapters + arrays.optimizer
+    assert found.measured.baseline > 0
 
 
 def test_what_is_kept_grows_with_the_layers_and_the_rows():

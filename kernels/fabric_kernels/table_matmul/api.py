@@ -1,8 +1,8 @@
 """Products of activations with a table [N, K] that is stored in its own dtype.
 
 XLA on CPU would widen a whole half-precision table to float32 beside it, and hoists that copy out
-of any loop over tiles; the kernel widens panels that fit the cache. Tables of integers have no
-kernel yet: XLA takes them by tiles of rows.
+of any loop over tiles; the kernel widens panels that fit the cache. Elsewhere large tables, and
+everywhere those of integers, are taken by tiles of rows.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from jax import lax
 
 from fabric_kernels import cpu_library
 from fabric_kernels.block_quantization import BlockTable
-from fabric_kernels.table_matmul.dot import dot
+from fabric_kernels.table_matmul import xla
 from fabric_kernels.table_matmul.quantized import block_product, block_transposed
 
 Implementation = Literal["xla", "cpu"]
@@ -61,7 +61,7 @@ def table_matmul_transposed(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(on_cpu: bool, x: jax.Array, table: jax.Array) -> jax.Array:
     if not on_cpu:
-        return dot(x, table, 1)
+        return xla.product(x, table)
     out = jax.ShapeDtypeStruct((*x.shape[:-1], table.shape[0]), jnp.float32)
     call = jax.ffi.ffi_call("fabric_table", out, vmap_method="sequential")
     return call(x.astype(jnp.float32), table)
@@ -70,7 +70,7 @@ def _product(on_cpu: bool, x: jax.Array, table: jax.Array) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _transposed(on_cpu: bool, g: jax.Array, table: jax.Array) -> jax.Array:
     if not on_cpu:
-        return dot(g, table, 0)
+        return xla.transposed(g, table)
     out = jax.ShapeDtypeStruct((*g.shape[:-1], table.shape[1]), jnp.float32)
     call = jax.ffi.ffi_call("fabric_table_transposed", out, vmap_method="sequential")
     return call(g.astype(jnp.float32), table)

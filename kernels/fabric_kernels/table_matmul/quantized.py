@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fabric_kernels.block_quantization import BlockTable, dequantize_blocks, no_gradient
-from fabric_kernels.table_matmul.dot import dot
+from fabric_kernels.table_matmul.tiles import tiled_product, tiled_transposed
 
 TILE_BYTES = 8 << 20
 """Of rows that are float32 at one time."""
@@ -21,54 +21,28 @@ def tile_rows(n: int, k: int) -> int:
 @jax.custom_vjp
 def block_product(x: jax.Array, table: BlockTable) -> jax.Array:
     """``x[..., K] · table[N, K]^T``, float32 [..., N]; no gradient by the table."""
-    n, _ = table.shape
-
-    def add(out: jax.Array, start: jax.Array, fresh: jax.Array, rows: jax.Array) -> jax.Array:
-        # Rows that the tile before had too are written again, with the same numbers.
-        del fresh
-        return lax.dynamic_update_slice_in_dim(out, dot(x, rows, 1), start, x.ndim - 1)
-
-    return _over_tiles(add, jnp.zeros((*x.shape[:-1], n), jnp.float32), table, x.dtype)
+    rows = table.shape[0]
+    return tiled_product(x, rows=rows, tile=tile_rows(*table.shape), read=_reader(table, x.dtype))
 
 
 @jax.custom_vjp
 def block_transposed(g: jax.Array, table: BlockTable) -> jax.Array:
     """``g[..., N] · table[N, K]``, float32 [..., K]; no gradient by the table."""
-    tile = tile_rows(*table.shape)
-
-    def add(out: jax.Array, start: jax.Array, fresh: jax.Array, rows: jax.Array) -> jax.Array:
-        part = lax.dynamic_slice_in_dim(g, start, tile, g.ndim - 1)
-        return out + dot(jnp.where(fresh, part, 0), rows, 0)
-
-    return _over_tiles(add, jnp.zeros((*g.shape[:-1], table.k), jnp.float32), table, g.dtype)
+    return tiled_transposed(
+        g, k=table.k, tile=tile_rows(*table.shape), read=_reader(table, g.dtype)
+    )
 
 
-def _over_tiles(
-    add: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
-    out: jax.Array,
-    table: BlockTable,
-    dtype: jnp.dtype,
-) -> jax.Array:
-    """Folds ``add(out, first row, which rows are new, values)`` over tiles of the table.
+def _reader(table: BlockTable, dtype: jnp.dtype) -> Callable[[jax.Array, int], jax.Array]:
+    """De-quantises some rows."""
 
-    The last tile ends with the last row, so it may begin with rows of the one before. Tiles are cut
-    by an index of the loop: what depends on it can't be moved out, where XLA would otherwise keep
-    a de-quantised copy of the whole table.
-    """
-    n, k = table.shape
-    tile = tile_rows(n, k)
-
-    def body(out: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-        begin = index * tile
-        start = jnp.minimum(begin, n - tile)
+    def read(start: jax.Array, tile: int) -> jax.Array:
         codes, scales = (
             lax.dynamic_slice_in_dim(part, start, tile) for part in (table.codes, table.scales)
         )
-        rows = dequantize_blocks(BlockTable(codes, scales, k), dtype)
-        fresh = start + jnp.arange(tile, dtype=jnp.int32) >= begin
-        return add(out, start, fresh, rows), None
+        return dequantize_blocks(BlockTable(codes, scales, table.k), dtype)
 
-    return lax.scan(body, out, jnp.arange(-(-n // tile), dtype=jnp.int32))[0]
+    return read
 
 
 def _product_fwd(x: jax.Array, table: BlockTable) -> tuple[jax.Array, tuple[BlockTable, jax.Array]]:
