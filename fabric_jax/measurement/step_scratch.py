@@ -11,6 +11,8 @@ from fabric_jax.models.decoder import DecoderOptions
 FLOAT32_BYTES = 4
 # Rows are unpacked to floats in tiles of this size for the backward product (ternary_matmul/xla).
 FLOAT_TILE_BYTES = 4 << 20
+# Scores of attention go through tiles of queries of at most this size (attention/xla).
+ATTENTION_TILE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ def predict_scratch(
     return StepScratch(
         kept=config.num_layers * tokens * kept * item,
         layer=tokens * live,
-        attention=0 if kernels else 2 * scores,
+        attention=0 if kernels else 4 * min(scores, ATTENTION_TILE_BYTES),
         logits=2 * FLOAT32_BYTES * tile * config.vocab_size,
         unpacked=0 if kernels else _unpacked(config, options),
     )
