@@ -28,6 +28,8 @@ def _print(summary: "Summary") -> None:
         ("evaluation loss", _from_to(summary.eval_loss_first, summary.eval_loss_last)),
         ("tokens a second", f"{summary.tokens_per_second:,.1f}"),
         ("peak memory", bytes_text(summary.peak_bytes)),
+        ("of that as compiled", bytes_text(summary.compiled_bytes)),
+        ("by dimensions", bytes_text(summary.analytic_bytes)),
         ("adapter", summary.trained),
         ("best adapter", summary.best or ""),
     ]

@@ -144,7 +144,7 @@ class MemoryAccount:
     @property
     def analytic(self) -> int:
         """Bytes of the job by its dimensions."""
-        return self.arrays.base + self.arrays.adapters + self.arrays.optimizer + self.analytic_step
+        return analytic_bytes(self.arrays, self.scratch)
 
     @property
     def analytic_step(self) -> int:
@@ -156,6 +156,12 @@ class MemoryAccount:
         return asdict(self) | {"analytic_total": self.analytic}
 
 
+def analytic_bytes(arrays: MemoryByCategory, scratch: StepScratch) -> int:
+    """All of a job by its dimensions: arrays, gradients, intermediate arrays."""
+    gradients = arrays.gradients or 0
+    return arrays.base + arrays.adapters + arrays.optimizer + gradients + scratch.total
+
+
 def account(config: MemoryConfig) -> MemoryAccount:
     """Predicts, compiles and measures, as far as ``config`` asks for it.
 
@@ -164,7 +170,13 @@ def account(config: MemoryConfig) -> MemoryAccount:
     """
     definition = _define(config)
     baseline = _start_backend()
-    arrays, scratch = predict(definition, config)
+    arrays, scratch = predict(
+        definition,
+        config.optimizer,
+        rows=config.batch_size,
+        length=config.max_length,
+        fused=config.fused_update,
+    )
     compiled = measured = None
     if config.compile or config.steps:
         step = _compile(definition, config)
@@ -193,27 +205,35 @@ def largest_that_fits(config: MemoryConfig) -> list[tuple[str, int]]:
 
 
 def predict(
-    definition: DecoderDefinition, config: MemoryConfig
+    definition: DecoderDefinition,
+    optimizer: OptimizerConfig,
+    *,
+    rows: int,
+    length: int,
+    fused: bool,
 ) -> tuple[MemoryByCategory, StepScratch]:
-    """The analytic column; the optimizer's bytes are those of its own abstract state."""
-    like: Tree = nnx.to_pure_dict(definition.adapter)
-    moments = jax.eval_shape(make_optimizer(config.optimizer, STEPS_OF_SCHEDULE).init, like)
-    predicted = predict_memory(definition.config, definition.options)
-    gradients = predicted.gradients or 0
-    if config.fused_update:
-        gradients //= definition.config.num_layers
+    """The analytic column of a job on micro-batches of ``rows`` rows of ``length`` positions.
+
+    The optimizer's bytes are those of its own abstract state.
+    """
+    declared = definition.adapter if definition.options.lora.rank else definition.base
+    like: Tree = nnx.to_pure_dict(declared)
+    moments = jax.eval_shape(make_optimizer(optimizer, STEPS_OF_SCHEDULE).init, like)
+    arrays = predict_memory(definition.config, definition.options)
+    gradients = arrays.gradients or 0
     arrays = replace(
-        predicted,
-        gradients=gradients,
+        arrays,
+        gradients=gradients // definition.config.num_layers if fused else gradients,
         optimizer=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(moments)),
     )
     options = definition.options
+    packed = options.mode == "packed"
     scratch = predict_scratch(
         definition.config,
         options,
-        rows=config.batch_size,
-        length=config.max_length,
-        kernels=select_implementation(options.implementation) == "cpu" and options.mode == "packed",
+        rows=rows,
+        length=length,
+        kernels=packed and select_implementation(options.implementation) == "cpu",
     )
     return arrays, scratch
 

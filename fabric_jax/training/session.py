@@ -18,7 +18,7 @@ from fabric_jax.data.batch import Batch
 from fabric_jax.data.load import Data
 from fabric_jax.errors import FabricError
 from fabric_jax.evaluation.perplexity import evaluate_perplexity, make_eval_step
-from fabric_jax.measurement.categories import compiled_memory
+from fabric_jax.measurement.categories import CompiledMemory, compiled_memory
 from fabric_jax.measurement.memory import peak_memory_bytes, release_free_memory
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
@@ -119,7 +119,7 @@ class Session:
         self.output = Path(config.output)
         self.optimizer = make_optimizer(config.optimizer, total_steps)
         self.compile_seconds = 0.0
-        self.temporary_bytes: int | None = None
+        self.compiled: CompiledMemory | None = None
         schedule = learning_rate_schedule(config.optimizer, total_steps)
         self._rates = np.asarray(schedule(jnp.arange(total_steps)), np.float64)
         self._rates = np.broadcast_to(self._rates, total_steps)
@@ -183,7 +183,7 @@ class Session:
             self.state, self.job.frozen, _abstract_batch(shape), self._root
         ).compile()
         self.compile_seconds = time.perf_counter() - start
-        self.temporary_bytes = compiled_memory(compiled).temporaries
+        self.compiled = compiled_memory(compiled)
         release_free_memory()
         return compiled
 

@@ -39,6 +39,9 @@ class Summary:
         seconds: wall time, loading and compilation left out.
         compile_seconds: of the training step in this session; 0 where it wasn't needed.
         peak_bytes: the most memory in use in this session.
+        analytic_bytes: what the job needs by its dimensions.
+        compiled_bytes: what XLA plans for the step, with its arguments; None where it wasn't
+            compiled.
         compiled_temporary_bytes: what the compiled step needs beside its arguments and results;
             None where it wasn't compiled.
         implementation: of ``ternary_matmul``; None where no weight is packed.
@@ -77,6 +80,8 @@ class Summary:
     seconds: float
     compile_seconds: float
     peak_bytes: int
+    analytic_bytes: int
+    compiled_bytes: int | None
     compiled_temporary_bytes: int | None
     implementation: str | None
     packing: str | None

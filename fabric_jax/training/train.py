@@ -16,6 +16,7 @@ from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.training.config import RunConfig
 from fabric_jax.training.identity import run_identity
 from fabric_jax.training.lock import locked_folder
+from fabric_jax.training.memory_account import analytic_bytes, predict
 from fabric_jax.training.metrics import MetricsLog
 from fabric_jax.training.progress import RunProgress
 from fabric_jax.training.session import Job, Session
@@ -50,7 +51,7 @@ def train(
             _refuse_overwriting(output)
         job = prepare()
         total = total_steps(config, job.data.train)
-        _describe(console, job, total)
+        _describe(console, config, job, total)
         identity = run_identity(
             config,
             job.definition,
@@ -114,22 +115,37 @@ def _refuse_overwriting(output: Path) -> None:
         )
 
 
-def _describe(console: Console, job: Job, total: int) -> None:
+def _describe(console: Console, config: RunConfig, job: Job, total: int) -> None:
     """Prints what is about to happen."""
     definition, data = job.definition, job.data
-    config = definition.config
+    model = definition.config
     kernel = implementation(definition)
     lines = [
-        f"model {config.name}: {config.parameters:,} parameters, {definition.options.mode} weights"
+        f"model {model.name}: {model.parameters:,} parameters, {definition.options.mode} weights"
         + (f", ternary_matmul {kernel}" if kernel else ""),
         f"training {parameter_count(trained_shapes(job)):,} parameters of the {job.kind}",
         f"data {data.summary}",
     ]
     if data.evaluation_summary is not None:
         lines.append(f"evaluation {data.evaluation_summary}")
+    needed = predicted_bytes(config, job) / 2**20
+    lines.append(f"memory {needed:,.0f} MiB by dimensions; `fabric-jax memory` itemises it")
     lines += [*job.notes, f"{total:,} optimizer steps"]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def predicted_bytes(config: RunConfig, job: Job) -> int:
+    """What the job needs by its dimensions."""
+    dataset = config.dataset
+    arrays, scratch = predict(
+        job.definition,
+        config.optimizer,
+        rows=dataset.batch_size,
+        length=dataset.max_length,
+        fused=job.fused,
+    )
+    return analytic_bytes(arrays, scratch)
 
 
 def trained_shapes(job: Job) -> object:
@@ -144,7 +160,7 @@ def implementation(definition: DecoderDefinition) -> str | None:
 
 
 def _summarise(session: Session) -> Summary:
-    job, output = session.job, session.output
+    job, output, compiled = session.job, session.output, session.compiled
     options = job.definition.options
     best = output / f"{job.kind}_best"
     has_best = job.keep_best and session.totals.best_step is not None
@@ -157,7 +173,9 @@ def _summarise(session: Session) -> Summary:
         trained_parameters=parameter_count(session.state.params),
         epochs=session.epoch,
         compile_seconds=session.compile_seconds,
-        compiled_temporary_bytes=session.temporary_bytes,
+        analytic_bytes=predicted_bytes(session.config, job),
+        compiled_bytes=None if compiled is None else compiled.total,
+        compiled_temporary_bytes=None if compiled is None else compiled.temporaries,
         implementation=implementation(job.definition),
         packing=options.packing if options.mode == "packed" else None,
         **measured(session.totals),
