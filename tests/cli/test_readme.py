@@ -12,11 +12,17 @@ from fabric_jax.cli.evaluate import EvaluateConfig
 from fabric_jax.cli.main import COMMANDS
 from fabric_jax.conversion.config import ConvertConfig
 from fabric_jax.training.config import FinetuneConfig
+from fabric_jax.training.memory_account import MemoryConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 COMMAND_LINES = [line for line in README.splitlines() if line.startswith("fabric-jax ")]
-CONFIGS = {"finetune": FinetuneConfig, "evaluate": EvaluateConfig, "convert": ConvertConfig}
+CONFIGS = {
+    "finetune": FinetuneConfig,
+    "evaluate": EvaluateConfig,
+    "convert": ConvertConfig,
+    "memory": MemoryConfig,
+}
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
@@ -24,7 +30,8 @@ def test_commands_parse(line: str):
     _, command, *words = shlex.split(line, comments=True)
     assert command in COMMANDS
     if words:
-        assert parse(CONFIGS[command], command, words).model
+        config = parse(CONFIGS[command], command, words)
+        assert config.model or config.fits
 
 
 def test_python_runs_on_a_file_of_rows(
