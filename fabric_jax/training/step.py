@@ -103,10 +103,8 @@ def make_train_step(
 
     freeze_a = freezes_a(definition, trains)
 
-    def loss_sum(
-        trained: Tree, kept: Tree, frozen: Tree, batch: Batch, key: jax.Array
-    ) -> jax.Array:
-        params = join(trained, kept)
+    def loss_sum(own: Tree, kept: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
+        params = join(own, kept)
         base, adapter = (frozen, params) if trains == "adapter" else (params, frozen)
         decoder = definition.bind(base, adapter)
         hidden = decoder(batch.tokens, batch.positions, batch.segment_ids, key)
