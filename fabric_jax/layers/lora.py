@@ -33,7 +33,9 @@ class LoraConfig:
         alphas: targets with an alpha of their own, as (name, alpha); q=32 on the command line.
         dropout: probability of dropping an input channel of the adapter in training.
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
-        adapter_dtype: of the adapter's weights.
+        adapter_dtype: of the adapter's weights; bfloat16 ones are updated with stochastic rounding.
+        freeze_a: leave A as initialised and train B alone (LoRA-FA, Zhang et al. 2023,
+            arXiv:2308.03303).
     """
 
     rank: int = 8
@@ -44,6 +46,7 @@ class LoraConfig:
     dropout: float = 0.0
     rslora: bool = False
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    freeze_a: bool = False
 
     def __post_init__(self) -> None:
         """Checks the numbers and the names."""

@@ -122,7 +122,8 @@ def memory_by_category(
 def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCategory:
     """The categories of a training job from dimensions alone; no array is made.
 
-    What is trained is the adapter where there is one, else a base that isn't packed. The gradient
+    What is trained is the adapter where there is one (its B alone where A is frozen), else a base
+    that isn't packed. The gradient
     is float32, and so are AdamW's two moments; its step counters are not counted here.
     """
     item = jnp.dtype(options.dtype).itemsize
@@ -139,7 +140,9 @@ def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCate
     embedding = _table_bytes(config, options)
     norms = item * config.norm_parameters
     adapters = adapter_parameters(config, options.lora)
-    trained = adapters or (0 if options.mode == "packed" else config.parameters)
+    trained = config.parameters if options.mode != "packed" else 0
+    if adapters:
+        trained = adapter_parameters(config, options.lora, trained=True)
     return MemoryByCategory(
         weights=weights,
         scales=scales,
@@ -162,11 +165,17 @@ def _table_bytes(config: ModelConfig, options: DecoderOptions) -> int:
     return tables * table_bytes(config.vocab_size, config.hidden_size, bits)
 
 
-def adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
-    """Weights of the adapter that ``lora`` puts on a model: R · (N + K) for each linear."""
+def adapter_parameters(config: ModelConfig, lora: LoraConfig, *, trained: bool = False) -> int:
+    """Weights of the adapter that ``lora`` puts on a model: R · (N + K) for each linear.
+
+    With ``trained`` only those that are trained: R · N where A is frozen.
+    """
     named = {path.split(".")[-1]: shape for path, shape in config.linear_shapes.items()}
+    only_b = trained and lora.freeze_a
     covered = [
-        lora.of(name).rank * sum(shape) for name, shape in named.items() if lora.covers(name)
+        lora.of(name).rank * (n if only_b else n + k)
+        for name, (n, k) in named.items()
+        if lora.covers(name)
     ]
     return config.num_layers * sum(covered)
 

@@ -8,7 +8,7 @@ sums over micro-batches, is not to be had.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from fabric_jax.data.batch import Batch
 from fabric_jax.models.decoder import Decoder, DecoderDefinition
 from fabric_jax.models.initialize import Tree
 from fabric_jax.training.optimizer import to_float32
+from fabric_jax.training.partition import freezes_a, join, split
+from fabric_jax.training.rounding import apply_updates
 
 Layer = Callable[[jax.Array, jax.Array, Tree], jax.Array]
 
@@ -42,7 +44,7 @@ def fused_update(
         moments: the optimizer's state for it.
         frozen: the base.
         batch: one micro-batch [B, T].
-        key: of dropout.
+        key: of the step's dropout and rounding.
 
     Returns:
         The new adapter and moments, the sum of the losses, and the gradient's global norm; the
@@ -61,29 +63,31 @@ def fused_update(
     loss, dh = jax.value_and_grad(lambda h: _loss(decoder, h, batch))(last)
 
     scalars, stacks = _split(moments)
+    # Frozen stacks are only read, and stay out of what the loop carries.
+    trained, kept = split(params, freeze_a=freezes_a(definition, "adapter"))
 
     # The slices of the layer that is next are read in the turn before, after that turn's writes: a
     # fusion that reads the stacks while another one writes them would have XLA copy them each turn.
-    def backward(carry: tuple[Any, ...], item: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        dh, (params, stacks), (own, arrays), squares, _ = carry
-        index, h = item
-        _, pull_back = jax.vjp(lambda h, own: layer(h, index, own["layers"]), h, own)
+    def backward(carry: tuple[Any, ...], item: tuple[Any, ...]) -> tuple[Any, None]:
+        dh, (trained, stacks), (own, arrays), squares, _ = carry
+        index, h, rest = item
+        _, pull_back = jax.vjp(lambda h, own: layer(h, index, join(own, rest)["layers"]), h, own)
         dh, grads = pull_back(dh)
         grads = jax.tree.map(lambda g: g * share, to_float32(grads))
         squares = squares + sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
         # Every layer counts from the same number of steps.
         updates, state = optimizer.update(grads, _join(moments, scalars, arrays), own)
-        own = jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), own, updates)
+        own = apply_updates(own, cast(Tree, updates), key, layer=index)
         done, arrays = _split(state)
-        whole = _put((params, stacks), (own, arrays), index)
+        whole = _put((trained, stacks), (own, arrays), index)
         return (dh, whole, _at(whole, jnp.maximum(index - 1, 0)), squares, done), None
 
-    whole = (params, stacks)
+    whole = (trained, stacks)
     start = (dh, whole, _at(whole, indices[-1]), jnp.float32(0), scalars)
-    (_, (params, stacks), _, squares, scalars), _ = lax.scan(
-        backward, start, (indices, inputs), reverse=True
+    (_, (trained, stacks), _, squares, scalars), _ = lax.scan(
+        backward, start, (indices, inputs, kept), reverse=True
     )
-    return params, _join(moments, scalars, stacks), loss, jnp.sqrt(squares)
+    return join(trained, kept), _join(moments, scalars, stacks), loss, jnp.sqrt(squares)
 
 
 def _loss(decoder: Decoder, h: jax.Array, batch: Batch) -> jax.Array:

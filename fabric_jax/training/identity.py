@@ -53,6 +53,9 @@ def run_identity(
     settings = asdict(config.dataset)
     for name in NOT_IN_BATCHES:
         del settings[name]
+    lora = asdict(options.lora)
+    if not options.lora.freeze_a:
+        del lora["freeze_a"]  # Checkpoints from before there was such a setting can go on.
     return {
         "trains": trains,
         "model": definition.config.to_dict(),
@@ -62,7 +65,7 @@ def run_identity(
         "embedding_dtype": jnp.dtype(options.embedding_dtype or options.dtype).name,
         "gradient_bits": options.gradient_bits,
         "act_quant": options.act_quant,
-        "lora": asdict(options.lora),
+        "lora": lora,
         "optimizer": optimizer,
         "accumulation": config.accumulation,
         "seed": config.seed,

@@ -183,4 +183,9 @@ def _lora_settings(config: FinetuneConfig) -> LoraConfig:
                 found=str(value),
                 fix="Leave the setting out, or start a fresh adapter",
             )
-    return replace(stored, dropout=given.dropout, adapter_dtype=given.adapter_dtype)
+    return replace(
+        stored,
+        dropout=given.dropout,
+        adapter_dtype=given.adapter_dtype,
+        freeze_a=given.freeze_a,
+    )

@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from fabric_kernels.ternary_matmul import select_implementation
 from flax import nnx
 
@@ -218,7 +219,9 @@ def predict(
     """
     declared = definition.adapter if definition.options.lora.rank else definition.base
     like: Tree = nnx.to_pure_dict(declared)
-    moments = jax.eval_shape(make_optimizer(optimizer, STEPS_OF_SCHEDULE).init, like)
+    freeze_a = definition.options.lora.freeze_a
+    made = make_optimizer(optimizer, STEPS_OF_SCHEDULE, freeze_a=freeze_a)
+    moments = jax.eval_shape(made.init, like)
     arrays = predict_memory(definition.config, definition.options)
     gradients = arrays.gradients or 0
     arrays = replace(
@@ -236,6 +239,10 @@ def predict(
         kernels=packed and select_implementation(options.implementation) == "cpu",
     )
     return arrays, scratch
+
+
+def _optimizer(config: MemoryConfig) -> optax.GradientTransformation:
+    return make_optimizer(config.optimizer, STEPS_OF_SCHEDULE, freeze_a=config.lora.freeze_a)
 
 
 def _define(config: MemoryConfig) -> DecoderDefinition:
@@ -274,7 +281,7 @@ def _start_backend() -> int:
 
 def _compile(definition: DecoderDefinition, config: MemoryConfig) -> jax.stages.Compiled:
     """The step, from shapes alone: what autotuning tries out is gone before weights are made."""
-    optimizer = make_optimizer(config.optimizer, STEPS_OF_SCHEDULE)
+    optimizer = _optimizer(config)
     adapter: Tree = nnx.to_pure_dict(definition.adapter)
     state = jax.eval_shape(lambda params: init_state(params, optimizer), adapter)
     frozen: Tree = nnx.to_pure_dict(definition.base)
@@ -295,7 +302,7 @@ def _measure(
 ) -> MeasuredMemory:
     """Makes random weights and runs the compiled step."""
     frozen = initialize_base(definition, 0)
-    optimizer = make_optimizer(config.optimizer, STEPS_OF_SCHEDULE)
+    optimizer = _optimizer(config)
     state = init_state(initialize_adapter(definition, 0), optimizer)
     batch = _batch((1, config.batch_size, config.max_length), definition.config.vocab_size)
     jax.block_until_ready((frozen, state))

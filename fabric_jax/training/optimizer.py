@@ -10,6 +10,7 @@ import optax
 from fabric_jax.models.initialize import Tree
 from fabric_jax.training.blockwise import scale_by_adam_8bit
 from fabric_jax.training.config import OptimizerConfig
+from fabric_jax.training.partition import trained_leaves
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -45,8 +46,13 @@ def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
     return config.warmup_steps or round(config.warmup_ratio * total_steps)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW on that schedule; all of it computed in float32."""
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, *, freeze_a: bool = False
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW on that schedule; all of it computed in float32.
+
+    With ``freeze_a`` an adapter's A has no state and no share in the norm, and its update is None.
+    """
     scale = scale_by_adam_8bit if config.moments == "int8" else optax.scale_by_adam
     # What optax.adamw is made of.
     adamw = optax.chain(
@@ -54,9 +60,10 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         optax.add_decayed_weights(config.weight_decay, _decays),
         optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
     )
-    if config.clip_norm == 0:
-        return _in_float32(adamw)
-    return _in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw))
+    if config.clip_norm:
+        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    whole = _in_float32(adamw)
+    return _without_a(whole) if freeze_a else whole
 
 
 def to_float32(tree: Any) -> Any:
@@ -69,6 +76,19 @@ def _decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "norm" not in jax.tree_util.keystr(path), cast(Tree, params)
     )
+
+
+def _without_a(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``inner`` on the leaves that are trained where an adapter's A is frozen."""
+
+    def init(params: Any) -> Any:
+        return inner.init(trained_leaves(params, freeze_a=True))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        grads, weights = (trained_leaves(tree, freeze_a=True) for tree in (updates, params))
+        return inner.update(grads, state, weights)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -26,6 +26,7 @@ from fabric_jax.training.config import RunConfig
 from fabric_jax.training.interrupt import Interrupted, Interrupts
 from fabric_jax.training.metrics import MetricsLog, StepRecord
 from fabric_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from fabric_jax.training.partition import freezes_a
 from fabric_jax.training.progress import RunProgress
 from fabric_jax.training.step import (
     StepMetrics,
@@ -117,7 +118,8 @@ class Session:
         self.total_steps = total_steps
         self.checkpoints = checkpoints
         self.output = Path(config.output)
-        self.optimizer = make_optimizer(config.optimizer, total_steps)
+        freeze_a = freezes_a(job.definition, job.trains)
+        self.optimizer = make_optimizer(config.optimizer, total_steps, freeze_a=freeze_a)
         self.compile_seconds = 0.0
         self.compiled: CompiledMemory | None = None
         schedule = learning_rate_schedule(config.optimizer, total_steps)

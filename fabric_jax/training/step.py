@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
 from fabric_jax.training.fused_step import fused_update
 from fabric_jax.training.optimizer import to_float32
+from fabric_jax.training.partition import freezes_a, join, split
+from fabric_jax.training.rounding import apply_updates
 
 Trains = Literal["adapter", "base"]
 """Which tree is optimised: LoRA fine-tuning or training from scratch. The other one is frozen."""
@@ -90,22 +92,28 @@ def make_train_step(
     weighs the same wherever it lies. Random numbers come from ``root_key`` folded with the step
     and the micro-batch. ``state`` is donated: its buffers become those of the new state.
 
+    Where the adapter's A is frozen (``LoraConfig.freeze_a``), gradients are taken by B alone; the
+    optimizer must have been made for that.
+
     ``fused`` updates each layer's adapter within the backward pass (``fused_step.py``): one
     micro-batch, no clipping by the global norm, and the pass recomputes all but layers' inputs.
     """
     if fused:
         return _fused_step(definition, optimizer)
 
-    def loss_sum(params: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
+    freeze_a = freezes_a(definition, trains)
+
+    def loss_sum(own: Tree, kept: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
+        params = join(own, kept)
         base, adapter = (frozen, params) if trains == "adapter" else (params, frozen)
         decoder = definition.bind(base, adapter)
         hidden = decoder(batch.tokens, batch.positions, batch.segment_ids, key)
         return decoder.loss(hidden, batch.targets, batch.loss_mask, train_head=trains == "base")
 
     def gradient(
-        params: Tree, frozen: Tree, batch: Batch, key: jax.Array
+        parts: tuple[Tree, Tree], frozen: Tree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Tree]:
-        loss, grads = jax.value_and_grad(loss_sum)(params, frozen, batch, key)
+        loss, grads = jax.value_and_grad(loss_sum)(*parts, frozen, batch, key)
         return loss, to_float32(grads)
 
     @partial(jax.jit, donate_argnums=(0,))
@@ -113,16 +121,15 @@ def make_train_step(
         state: TrainState, frozen: Tree, batch: Batch, root_key: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(root_key, state.step)
+        trained, kept = split(state.params, freeze_a=freeze_a)
         total, grads = _sum_micro_batches(
-            lambda micro, k: gradient(state.params, frozen, micro, k), batch, key
+            lambda micro, k: gradient((trained, kept), frozen, micro, k), batch, key
         )
         tokens = jnp.sum(batch.loss_mask)
         share = 1.0 / jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g * share, grads)
-        updates, moments = optimizer.update(grads, state.moments, state.params)
-        params = jax.tree.map(
-            lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), state.params, updates
-        )
+        updates, moments = optimizer.update(grads, state.moments, trained)
+        params = join(apply_updates(trained, cast(Tree, updates), key), kept)
         metrics = StepMetrics(
             loss=total * share,
             trainable_tokens=tokens,

@@ -20,7 +20,7 @@ class Summary:
         best: folder of the adapter at the lowest evaluation loss, None without evaluation.
         model: what was trained.
         parameters: of the base model.
-        trained_parameters: of the trained tree.
+        trained_parameters: of the trained tree; of B alone where A is frozen.
         steps: optimizer steps.
         epochs: passes over the data, with the fraction.
         loss_first: of the first step, before its update; nats a trainable token.

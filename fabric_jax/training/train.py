@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 from fabric_kernels.ternary_matmul import select_implementation
+from flax import nnx
 from rich.console import Console
 
 from fabric_jax.checkpoints.train_state import TrainCheckpoints
@@ -18,6 +19,7 @@ from fabric_jax.training.identity import run_identity
 from fabric_jax.training.lock import locked_folder
 from fabric_jax.training.memory_account import analytic_bytes, predict
 from fabric_jax.training.metrics import MetricsLog
+from fabric_jax.training.partition import freezes_a, trained_leaves
 from fabric_jax.training.progress import RunProgress
 from fabric_jax.training.session import Job, Session
 from fabric_jax.training.summary import SUMMARY, Summary, machine, measured
@@ -150,7 +152,10 @@ def predicted_bytes(config: RunConfig, job: Job) -> int:
 
 def trained_shapes(job: Job) -> object:
     """The abstract tree of what is trained."""
-    return job.definition.adapter if job.trains == "adapter" else job.definition.base
+    definition = job.definition
+    declared = definition.adapter if job.trains == "adapter" else definition.base
+    freeze_a = freezes_a(definition, job.trains)
+    return trained_leaves(nnx.to_pure_dict(declared), freeze_a=freeze_a)
 
 
 def implementation(definition: DecoderDefinition) -> str | None:
@@ -170,7 +175,7 @@ def _summarise(session: Session) -> Summary:
         best=str(best) if has_best else None,
         model=job.definition.config.name,
         parameters=job.definition.config.parameters,
-        trained_parameters=parameter_count(session.state.params),
+        trained_parameters=parameter_count(trained_shapes(job)),
         epochs=session.epoch,
         compile_seconds=session.compile_seconds,
         analytic_bytes=predicted_bytes(session.config, job),

@@ -342,6 +342,7 @@ def _checked(stored: Any) -> dict[str, Any]:
     values = cast(dict[str, Any], stored)
     names, pairs = ("targets",), {"ranks": int, "alphas": float}
     kinds = {"rank": int, "alpha": float, "dropout": float, "rslora": bool, "adapter_dtype": str}
+    kinds |= {"freeze_a": bool}
     unknown = values.keys() - kinds.keys() - pairs.keys() - set(names)
     if unknown or values.get("adapter_dtype", "float32") not in ("float32", "bfloat16"):
         raise ValueError(f"{', '.join(sorted(unknown))[:80] or 'adapter_dtype'}")
