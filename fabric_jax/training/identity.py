@@ -53,7 +53,7 @@ def run_identity(
     settings = asdict(config.dataset)
     for name in NOT_IN_BATCHES:
         del settings[name]
-    return {
+    identity: dict[str, Any] = {
         "trains": trains,
         "model": definition.config.to_dict(),
         "weights": weights,
@@ -69,6 +69,10 @@ def run_identity(
         "dataset": settings,
         "data": data.fingerprint,
     }
+    if options.mode == "float" and options.frozen:
+        # Left out otherwise: what earlier versions saved can be continued.
+        identity["float_format"] = options.float_format
+    return identity
 
 
 def weights_digest(source: str, seed: int) -> str:
