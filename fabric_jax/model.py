@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32, Int
 from numpy.typing import ArrayLike
 
 from fabric_jax.checkpoints.adapters import load_adapter, read_lora_config
-from fabric_jax.checkpoints.loading import Weights, load_base, mode_and_packing
+from fabric_jax.checkpoints.loading import Weights, load_base, weights_form
 from fabric_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fabric_jax.errors import FabricError
 from fabric_jax.generation.config import GenerationConfig
@@ -176,9 +176,10 @@ def load_model(
             ``org/name@revision``, ``org/name/file.gguf``.
         weights: form of the linears' weights: ``packed`` or ``ternary2`` (2-bit codes),
             ``ternary1.6`` (the same codes, five a byte), ``master`` (float, quantised in every
-            pass) or ``float`` (plain linears). None: packed where the model is ternary, float
-            otherwise. ``packed`` or ``master`` for a checkpoint of plain floats says
-            that these are master weights of a ternary model.
+            pass), ``float`` (plain linears in ``dtype``) or ``float32``, ``bfloat16``, ``float16``,
+            ``int8`` or ``int4`` (plain linears that are stored so). None: packed where the
+            model is ternary, float otherwise. ``packed`` or ``master`` for a checkpoint of plain
+            floats says that these are master weights of a ternary model.
         adapter: an adapter folder in PEFT's layout, or a ``.gguf`` adapter.
         act_quant: quantiser of the inputs of ternary linears. None: the model's, or per token.
         dtype: of activations and unpacked weights.
@@ -188,11 +189,12 @@ def load_model(
         FabricError: the source or the adapter is missing, damaged or of another model.
     """
     lora = None if adapter is None else read_lora_config(adapter, source)
-    mode, packing = mode_and_packing(weights)
+    form = weights_form(weights)
     loaded = load_base(
         source,
-        mode=mode,
-        packing=packing,
+        mode=form.mode,
+        packing=form.packing,
+        float_format=form.float_format,
         dtype=dtype,
         act_quant=act_quant,
         seed=seed,

@@ -18,7 +18,7 @@ import numpy as np
 from fabric_kernels import Packing, quantize_blocks, repack
 from flax import nnx
 
-from fabric_jax.checkpoints.arrays import HostArray, Layout, layouts
+from fabric_jax.checkpoints.arrays import HostArray, Layout, is_finite, layouts
 from fabric_jax.checkpoints.source import ALL_ROWS, ModelSource, TernaryMatrix
 from fabric_jax.errors import FabricError
 from fabric_jax.layers.bit_linear import BaseMode
@@ -63,12 +63,11 @@ def assemble_base(definition: DecoderDefinition, source: ModelSource) -> Tree:
     def keep(name: str, buffer: HostArray) -> None:
         leaves.append((tuple(name.split(".")), _to_device(buffer)))
 
-    linears = {f"layers.{path}.weight": path for path in definition.config.linear_shapes}
-    scales = {f"layers.{path}.scale" for path in linears.values()}
-    scales |= {"embedding.scales", "head.scales"}
+    paths = definition.config.linear_shapes
+    linears = {f"layers.{path}.{part}": path for path in paths for part in ("weight", "codes")}
     # Tables first: while they are read, little else is there yet.
     for name, layout in sorted(expected.items(), key=lambda item: item[0].startswith("layers.")):
-        if name in scales:
+        if name.endswith((".scale", ".scales")):  # read with what they are scales of
             continue
         buffer = _aligned(layout)
         if name in ("embedding.codes", "head.codes"):
@@ -81,6 +80,11 @@ def assemble_base(definition: DecoderDefinition, source: ModelSource) -> Tree:
         elif source.form == "packed":
             scale = _read_packed(source, linears[name], buffer, definition.options.packing)
             keep(f"layers.{linears[name]}.scale", scale)
+        elif name.endswith(".codes"):
+            path = linears[name]
+            scale = _aligned(expected[f"layers.{path}.scales"])
+            _read_blocks(source, path, buffer, scale, paths[path])
+            keep(f"layers.{path}.scales", scale)
         else:
             _read_floats(source, linears[name], buffer)
         keep(name, buffer)
@@ -177,9 +181,34 @@ def _read_floats(source: ModelSource, path: str, buffer: HostArray) -> None:
     def read(layer: int) -> None:
         matrix = source.linear(path, layer)
         assert not isinstance(matrix, TernaryMatrix)
-        _copy(source, f"{path} of layer {layer}", matrix, buffer[layer])
+        with np.errstate(over="ignore"):  # becomes an error below
+            _copy(source, f"{path} of layer {layer}", matrix, buffer[layer])
+        if buffer.dtype == np.float16 and not is_finite(buffer[layer]):
+            raise FabricError(
+                f"{path} of layer {layer} in {source.origin} has values beyond those of float16",
+                fix="Take bfloat16 or float32",
+            )
 
     _for_each(read, range(len(buffer)), 2 * buffer[0].nbytes)
+
+
+def _read_blocks(
+    source: ModelSource, path: str, codes: HostArray, scales: HostArray, shape: tuple[int, int]
+) -> None:
+    """Fills the stacks of codes and scales of a float linear [N, K], quantising blocks of rows."""
+    (n, k), bits = shape, 8 if codes.dtype == np.int8 else 4
+    step = max(1, TABLE_BLOCK_BYTES // (4 * k))
+
+    def read(layer: int) -> None:
+        matrix = source.linear(path, layer)
+        assert not isinstance(matrix, TernaryMatrix)
+        _check_shape(source, f"{path} of layer {layer}", matrix, shape)
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            codes[layer, rows], scales[layer, rows] = quantize_blocks(matrix[rows], bits)
+
+    # A matrix as it is read, and what the rounding has of a block.
+    _for_each(read, range(len(codes)), 2 * 4 * n * k + 8 * TABLE_BLOCK_BYTES)
 
 
 def _read_tensor(source: ModelSource, name: str, buffer: HostArray) -> None:
@@ -214,13 +243,19 @@ def _read_quantized(
 
 def _copy(source: ModelSource, what: str, found: HostArray, place: HostArray) -> None:
     """Copies with a cast between float dtypes."""
-    if found.shape != place.shape:
+    _check_shape(source, what, found, place.shape)
+    np.copyto(place, found, casting="unsafe")
+
+
+def _check_shape(
+    source: ModelSource, what: str, found: HostArray, expected: tuple[int, ...]
+) -> None:
+    if found.shape != expected:
         raise FabricError(
             f"{what} in {source.origin} has another shape",
-            expected=str(list(place.shape)),
+            expected=str(list(expected)),
             found=str(list(found.shape)),
         )
-    np.copyto(place, found, casting="unsafe")
 
 
 def _for_each(read: Callable[[int], None], items: Iterable[int], scratch: int) -> None:

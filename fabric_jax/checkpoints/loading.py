@@ -14,15 +14,27 @@ from fabric_jax.checkpoints.huggingface.read import open_huggingface
 from fabric_jax.checkpoints.native import is_model_folder, open_native
 from fabric_jax.checkpoints.source import ModelSource
 from fabric_jax.errors import FabricError, unknown_name
-from fabric_jax.layers.bit_linear import BaseMode
+from fabric_jax.layers.bit_linear import BaseMode, FloatFormat
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, Remat, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_base
 from fabric_jax.models.registry import REGISTRY
 from fabric_jax.quantization.absmax import ActQuant
 
-Weights = Literal["packed", "ternary2", "ternary1.6", "master", "float"]
-"""A user's word for the form of the linears' weights; ``packed`` is ``ternary2``."""
+Weights = Literal[
+    "packed",
+    "ternary2",
+    "ternary1.6",
+    "master",
+    "float",
+    "float32",
+    "bfloat16",
+    "float16",
+    "int8",
+    "int4",
+]
+"""A user's word for the form of the linears' weights; ``packed`` is ``ternary2``, and ``float`` is
+plain linears in the dtype of the activations."""
 
 ACCEPTED = (
     "a registry name (`fabric-jax models` lists them), a folder saved by fabric_jax or by "
@@ -46,17 +58,32 @@ class LoadedBase:
     tokenizer_source: str
 
 
-def mode_and_packing(
-    weights: Weights | Literal["auto"] | None,
-) -> tuple[BaseMode | None, Packing]:
+@dataclass(frozen=True, kw_only=True)
+class WeightsForm:
+    """The form of the linears' weights, as ``DecoderOptions`` says it.
+
+    Attributes:
+        mode: None where the model decides.
+        packing: layout of packed weights.
+        float_format: of plain linears as they are stored.
+    """
+
+    mode: BaseMode | None = None
+    packing: Packing = "ternary2"
+    float_format: FloatFormat = "same"
+
+
+def weights_form(weights: Weights | Literal["auto"] | None) -> WeightsForm:
     """What a user's word for the form of the weights means; no mode for None and ``auto``."""
     match weights:
         case None | "auto":
-            return None, "ternary2"
+            return WeightsForm()
         case "ternary2" | "ternary1.6":
-            return "packed", weights
+            return WeightsForm(mode="packed", packing=weights)
         case "packed" | "master" | "float":
-            return weights, "ternary2"
+            return WeightsForm(mode=weights)
+        case "float32" | "bfloat16" | "float16" | "int8" | "int4":
+            return WeightsForm(mode="float", float_format=weights)
 
 
 def load_base(
@@ -72,6 +99,7 @@ def load_base(
     embedding_dtype: DTypeLike | None = None,
     gradient_bits: GradientBits = 16,
     packing: Packing = "ternary2",
+    float_format: FloatFormat = "same",
 ) -> LoadedBase:
     """Loads or makes the base of a model, on the default device.
 
@@ -90,6 +118,7 @@ def load_base(
             included; None for ``dtype``.
         gradient_bits: of the backward product through packed weights on CPU.
         packing: layout of packed weights, whatever the one they are stored in.
+        float_format: of linears in the mode ``float`` in memory, whatever the one in the source.
 
     Raises:
         FabricError: the source is none of these, is damaged, or can't be had in that mode.
@@ -103,6 +132,7 @@ def load_base(
         embedding_dtype=embedding_dtype,
         gradient_bits=gradient_bits,
         packing=packing,
+        float_format=float_format,
     )
     if str(source) in REGISTRY:
         config = REGISTRY[str(source)]

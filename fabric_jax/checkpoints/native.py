@@ -68,8 +68,8 @@ def save_model(
 ) -> None:
     """Writes a model folder; it appears whole or not at all.
 
-    A folder holds tables of floats. A quantised one is written as the floats that its codes stand
-    for, not as those that it was made from, which are gone.
+    A folder holds tables and plain linears of floats. A quantised one is written as the floats that
+    its codes stand for, not as those that it was made from, which are gone.
 
     Args:
         folder: where; an earlier model folder there is replaced.
@@ -88,14 +88,11 @@ def save_model(
         )
     base = _float_tables(base, definition)
     # A folder has one float dtype; what memory holds narrower is widened, which loses nothing.
-    plain = replace(options, embedding_dtype=None, packing="ternary2")
+    plain = replace(options, embedding_dtype=None, packing="ternary2", float_format="same")
     stored = base_layouts(define_decoder(definition.config, plain))
-    leaves = {
-        name: leaf if leaf.dtype == stored[name].dtype else leaf.astype(stored[name].dtype)
-        for name, leaf in named_leaves(base).items()
-    }
+    leaves = named_leaves(base)
     with new_folder(folder, replaces=FILES) as staged:
-        streams = {n: _stream(definition, n, leaf, stored[n]) for n, leaf in leaves.items()}
+        streams = {n: _stream(definition, n, leaves, layout) for n, layout in stored.items()}
         write_streams(staged / WEIGHTS, streams)
         if tokenizer_json is not None:
             write_atomically(staged / TOKENIZER, tokenizer_json)
@@ -111,18 +108,32 @@ def save_model(
         write_json(staged / CONFIG, config)
 
 
-def _stream(definition: DecoderDefinition, name: str, leaf: Any, layout: Layout) -> TensorStream:
-    """A leaf as it is stored: stacks in another layout than ``ternary2`` one matrix at a time."""
+def _stream(
+    definition: DecoderDefinition, name: str, leaves: dict[str, Any], layout: Layout
+) -> TensorStream:
+    """A leaf as it is stored: linears in another format in memory one matrix at a time."""
     options = definition.options
     path = name.removeprefix("layers.").removesuffix(".weight")
     shape = definition.config.linear_shapes.get(path)
 
     def pieces() -> Iterator[HostArray]:
-        if options.mode != "packed" or options.packing == "ternary2" or shape is None:
+        leaf = leaves.get(name)
+        if leaf is None:
+            assert shape is not None
+            codes, scales = (leaves[f"layers.{path}.{part}"] for part in ("codes", "scales"))
+            for layer in range(codes.shape[0]):
+                matrix = BlockTable(codes[layer], scales[layer], shape[1])
+                yield np.asarray(dequantize_blocks(matrix, layout.dtype))
+        elif shape is None or not options.frozen:
+            yield np.asarray(leaf if leaf.dtype == layout.dtype else leaf.astype(layout.dtype))
+        elif options.mode == "float":
+            for layer in range(leaf.shape[0]):
+                yield np.asarray(leaf[layer].astype(layout.dtype))
+        elif options.packing == "ternary2":
             yield np.asarray(leaf)
-            return
-        for layer in range(leaf.shape[0]):
-            yield repack_matrix(leaf[layer], shape[1], options.packing, "ternary2")
+        else:
+            for layer in range(leaf.shape[0]):
+                yield repack_matrix(leaf[layer], shape[1], options.packing, "ternary2")
 
     return TensorStream(layout=layout, pieces=pieces)
 

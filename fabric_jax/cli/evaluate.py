@@ -59,7 +59,19 @@ class EvaluateConfig:
     train_on: TrainOn = "auto"
     by: Literal["generation", "likelihood", "likelihood_per_token", "none"] = "generation"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    weights: Literal["auto", "packed", "ternary2", "ternary1.6", "master", "float"] = "auto"
+    weights: Literal[
+        "auto",
+        "packed",
+        "ternary2",
+        "ternary1.6",
+        "master",
+        "float",
+        "float32",
+        "bfloat16",
+        "float16",
+        "int8",
+        "int4",
+    ] = "auto"
     act_quant: Literal["auto", "per_token", "block256", "none"] = "auto"
     seed: int = 0
     json: str = ""
@@ -107,14 +119,15 @@ def run(arguments: Sequence[str]) -> int:
 def _load(config: EvaluateConfig) -> "tuple[LoadedBase, Tree]":
     """The model and its adapter, an empty one where none is named."""
     from fabric_jax.checkpoints.adapters import load_adapter, read_lora_config
-    from fabric_jax.checkpoints.loading import load_base, mode_and_packing
+    from fabric_jax.checkpoints.loading import load_base, weights_form
 
-    mode, packing = mode_and_packing(config.weights)
+    form = weights_form(config.weights)
     lora = read_lora_config(config.adapter, config.model) if config.adapter else None
     loaded = load_base(
         config.model,
-        mode=mode,
-        packing=packing,
+        mode=form.mode,
+        packing=form.packing,
+        float_format=form.float_format,
         dtype=config.dtype,
         act_quant=None if config.act_quant == "auto" else config.act_quant,
         seed=config.seed,

@@ -8,7 +8,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels import LowRank, Packing, TernaryWeight, low_rank_product, packed_width
+from fabric_kernels import (
+    BlockTable,
+    FrozenWeight,
+    LowRank,
+    Packing,
+    TernaryWeight,
+    frozen_matmul,
+    low_rank_product,
+    packed_width,
+)
 from fabric_kernels.ternary_matmul import GradientBits, Implementation
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -17,6 +26,7 @@ from jax.typing import DTypeLike
 from fabric_jax.layers.dot import linear
 from fabric_jax.layers.lora import Lora, LoraConfig
 from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, declare_base
+from fabric_jax.layers.table import declare_blocks, table_bits
 from fabric_jax.quantization.absmax import ActQuant
 from fabric_jax.quantization.packed_linear import packed_linears
 from fabric_jax.quantization.straight_through import fake_quantize_activation, quantize_weight
@@ -24,6 +34,10 @@ from fabric_jax.quantization.straight_through import fake_quantize_activation, q
 BaseMode = Literal["packed", "master", "float"]
 """``packed``: frozen codes of 2 or 1.6 bits. ``master``: float weights, quantised in every forward
 pass with straight-through gradients. ``float``: a plain linear without quantisers."""
+
+FloatFormat = Literal["same", "float32", "bfloat16", "float16", "int8", "int4"]
+"""How plain linears are stored: in the dtype of the activations (``same``), in a float dtype, or as
+integers with a float16 scale for each 32 inputs. What isn't in that dtype is frozen."""
 
 INIT_STD = 0.02
 LINEAR_OUTPUT = "linear"
@@ -43,6 +57,7 @@ class LinearOptions:
         stack: (L,) where L layers are stacked, () for one.
         gradient_bits: of the backward product through packed weights on CPU.
         packing: layout of packed weights.
+        float_format: how weights in the mode ``float`` are stored.
     """
 
     mode: BaseMode
@@ -53,6 +68,7 @@ class LinearOptions:
     stack: tuple[int, ...]
     gradient_bits: GradientBits = 16
     packing: Packing = "ternary2"
+    float_format: FloatFormat = "same"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +76,26 @@ class LayerContext:
     """What a layer of a stack knows besides its parameters.
 
     Attributes:
-        index: int32 []. Packed weights are then whole stacks [L, ...], of which this layer is read
-            where it lies; every other parameter is the layer's own. None: so are the packed ones.
+        index: int32 []. Packed weights, and floats in a format of their own, are then whole stacks
+            [L, ...], of which this layer is read where it lies; every other parameter is the
+            layer's own. None: so are these.
         dropout_key: of this layer; None for no dropout.
     """
 
     index: jax.Array | None = None
     dropout_key: jax.Array | None = None
+
+
+def float_dtype(float_format: FloatFormat, dtype: DTypeLike) -> str:
+    """The dtype that plain linears are stored in, by name, ``int8`` and ``int4`` included."""
+    return jnp.dtype(dtype).name if float_format == "same" else float_format
+
+
+def is_frozen(mode: BaseMode, float_format: FloatFormat, dtype: DTypeLike) -> bool:
+    """Whether linears can't be trained: packed ones, and floats in a format of their own."""
+    if mode == "float":
+        return float_dtype(float_format, dtype) != jnp.dtype(dtype).name
+    return mode == "packed"
 
 
 class BitLinear(nnx.Module):
@@ -89,7 +118,12 @@ class BitLinear(nnx.Module):
             case "master":
                 self.weight = declare_base((n, k), jnp.float32, Normal(INIT_STD), stack=stack)
             case "float":
-                self.weight = declare_base((n, k), options.dtype, Normal(INIT_STD), stack=stack)
+                stored = float_dtype(options.float_format, options.dtype)
+                bits = table_bits(stored)
+                if bits is None:
+                    self.weight = declare_base((n, k), stored, Normal(INIT_STD), stack=stack)
+                else:
+                    self.codes, self.scales = declare_blocks(n, k, bits, INIT_STD, stack=stack)
         covered = options.lora.covers(name)
         self.lora = Lora(n, k, options.lora.of(name), stack=stack) if covered else None
         self.k = k
@@ -106,11 +140,21 @@ class BitLinear(nnx.Module):
         packing = self.options.packing
         return TernaryWeight(self.weight[...], self.scale[...], index, self.k, packing)
 
-    def unpacked(self, x: jax.Array) -> jax.Array:
+    def frozen(self, context: LayerContext | None) -> FrozenWeight:
+        """The frozen weight; only in the mode ``float`` with a format of its own."""
+        index = None if context is None else context.index
+        if table_bits(self.options.float_format) is None:
+            return FrozenWeight(self.weight[...], index)
+        return FrozenWeight(BlockTable(self.codes[...], self.scales[...], self.k), index)
+
+    def unpacked(self, x: jax.Array, context: LayerContext | None) -> jax.Array:
         """The base's share of the output; only in the other modes."""
-        if self.options.mode == "float":
+        options = self.options
+        if is_frozen(options.mode, options.float_format, options.dtype):
+            return frozen_matmul(x, self.frozen(context))
+        if options.mode == "float":
             return linear(x, self.weight[...])
-        values = fake_quantize_activation(x, self.options.act_quant)
+        values = fake_quantize_activation(x, options.act_quant)
         return linear(values, quantize_weight(self.weight[...]))
 
     def product(self, context: LayerContext | None) -> LowRank | None:
@@ -144,7 +188,7 @@ def apply_together(
             gradient_bits=options.gradient_bits,
         )
     else:
-        bases = [one.unpacked(x) for one in linears]
+        bases = [one.unpacked(x, context) for one in linears]
         outputs = [
             y if adapter is None else y + low_rank_product(x, adapter)
             for y, adapter in zip(bases, products, strict=True)

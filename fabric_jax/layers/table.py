@@ -23,14 +23,22 @@ class QuantizedTable(nnx.Module):
 
     def __init__(self, n: int, k: int, bits: TableBits, std: float) -> None:
         """Declares ``codes`` and ``scales``; random ones stand for a Gaussian of ``std``."""
-        codes = jnp.int8 if bits == 8 else jnp.uint8
-        self.codes = declare_base((n, code_bytes(k, bits)), codes, NormalCodes(k, bits))
-        self.scales = declare_base((n, groups(k)), jnp.float16, Constant(normal_scale(std, bits)))
+        self.codes, self.scales = declare_blocks(n, k, bits, std)
         self.k = k
 
     def value(self) -> BlockTable:
         """What products take."""
         return BlockTable(self.codes[...], self.scales[...], self.k)
+
+
+def declare_blocks(
+    n: int, k: int, bits: TableBits, std: float, *, stack: tuple[int, ...] = ()
+) -> tuple[BaseParam, BaseParam]:
+    """Codes and scales of a matrix [n, k] in each layer of ``stack``; Gaussian if random."""
+    dtype = jnp.int8 if bits == 8 else jnp.uint8
+    codes = declare_base((n, code_bytes(k, bits)), dtype, NormalCodes(k, bits), stack=stack)
+    scale = Constant(normal_scale(std, bits))
+    return codes, declare_base((n, groups(k)), jnp.float16, scale, stack=stack)
 
 
 def table_bits(dtype: DTypeLike) -> TableBits | None:

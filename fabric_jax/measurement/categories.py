@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fabric_kernels import packed_width
 from fabric_kernels.block_quantization import table_bytes
 
+from fabric_jax.layers.bit_linear import float_dtype
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.layers.table import table_bits
 from fabric_jax.models.config import ModelConfig
@@ -23,7 +24,8 @@ class MemoryByCategory:
     """Bytes of each part of a job.
 
     Attributes:
-        weights: of the linears in all layers; packed bytes where the model is packed.
+        weights: of the linears in all layers; packed bytes where the model is packed, scales
+            included where floats are stored as int8 or int4.
         scales: one float32 per packed matrix.
         embedding_and_head: one matrix where the head is tied; scales included where quantised.
         norms: gains.
@@ -135,12 +137,12 @@ def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCate
         case "master":
             weights, scales = sum(FLOAT32_BYTES * n * k for n, k in shapes), 0
         case "float":
-            weights, scales = sum(item * n * k for n, k in shapes), 0
+            weights, scales = sum(_float_bytes(n, k, options) for n, k in shapes), 0
     weights, scales = config.num_layers * weights, config.num_layers * scales
     embedding = _table_bytes(config, options)
     norms = item * config.norm_parameters
     adapters = adapter_parameters(config, options.lora)
-    trained = config.parameters if options.mode != "packed" else 0
+    trained = 0 if options.frozen else config.parameters
     if adapters:
         trained = adapter_parameters(config, options.lora, trained=True)
     return MemoryByCategory(
@@ -153,6 +155,13 @@ def predict_memory(config: ModelConfig, options: DecoderOptions) -> MemoryByCate
         gradients=FLOAT32_BYTES * trained,
         temporaries=None,
     )
+
+
+def _float_bytes(n: int, k: int, options: DecoderOptions) -> int:
+    """Bytes of a plain linear [n, k] as it is stored."""
+    dtype = float_dtype(options.float_format, options.dtype)
+    bits = table_bits(dtype)
+    return n * k * jnp.dtype(dtype).itemsize if bits is None else table_bytes(n, k, bits)
 
 
 def _table_bytes(config: ModelConfig, options: DecoderOptions) -> int:
@@ -224,7 +233,7 @@ def _category(path: tuple[Any, ...]) -> str:
             return "norms"
         case "scale":
             return "scales"
-        case "weight":
+        case "weight" | "codes" | "scales":
             return "weights"
         case _:
             raise ValueError(f"no memory category for the parameter {'.'.join(names)}")

@@ -11,6 +11,8 @@ from fabric_jax.models.decoder import DecoderOptions
 FLOAT32_BYTES = 4
 # Rows are unpacked to floats in tiles of this size for the backward product (ternary_matmul/xla).
 FLOAT_TILE_BYTES = 4 << 20
+# The same for floats that are stored in another format (table_matmul/xla).
+FROZEN_TILE_BYTES = 16 << 20
 # Scores of attention go through tiles of queries of at most this size (attention/xla).
 ATTENTION_TILE_BYTES = 16 << 20
 
@@ -81,6 +83,8 @@ def predict_scratch(
 
 def _unpacked(config: ModelConfig, options: DecoderOptions) -> int:
     """A whole matrix as int8 for the forward product, or a tile of it as floats."""
+    largest = max(n * k for n, k in config.linear_shapes.values())
     if options.mode == "float":
-        return 0
-    return max(FLOAT_TILE_BYTES, max(n * k for n, k in config.linear_shapes.values()))
+        whole = largest * jnp.dtype(options.dtype).itemsize
+        return min(FROZEN_TILE_BYTES, whole) if options.frozen else 0
+    return max(FLOAT_TILE_BYTES, largest)

@@ -22,8 +22,10 @@ from fabric_jax.layers.bit_linear import (
     INIT_STD,
     LINEAR_OUTPUT,
     BaseMode,
+    FloatFormat,
     LayerContext,
     LinearOptions,
+    is_frozen,
 )
 from fabric_jax.layers.cross_entropy import tiled_cross_entropy
 from fabric_jax.layers.feed_forward import FeedForward
@@ -57,6 +59,8 @@ class DecoderOptions:
         lora: adapters; rank 0 for none.
         gradient_bits: width of gradients in the backward product through packed weights on CPU: 16
             (fixed point, about twice as fast) or 24 (as exact as float32).
+        float_format: of linears in the mode ``float`` as they are stored; ``same`` is ``dtype``,
+            any other than that is frozen.
     """
 
     mode: BaseMode = "packed"
@@ -68,6 +72,12 @@ class DecoderOptions:
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))
     gradient_bits: GradientBits = 16
     embedding_dtype: DTypeLike | None = None
+    float_format: FloatFormat = "same"
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the linears can't be trained."""
+        return is_frozen(self.mode, self.float_format, self.dtype)
 
 
 class Block(nnx.Module):
@@ -157,6 +167,7 @@ class Decoder(nnx.Module):
             lora=options.lora,
             stack=(config.num_layers,),
             gradient_bits=options.gradient_bits,
+            float_format=options.float_format,
         )
         table = (config.vocab_size, config.hidden_size)
         table_dtype = options.embedding_dtype or options.dtype
@@ -167,6 +178,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = options.dtype
         self.remat: Remat = options.remat
+        self.frozen_linears = options.frozen
         # The implementation is named for packed products; others have no choice of theirs.
         self.attention_runs: Implementation | None = (
             options.implementation if options.mode == "packed" else None
@@ -234,7 +246,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         graphdef, *states = nnx.split(self.layers, AdapterParam, BaseParam)
         adapter, base = (nnx.to_pure_dict(state) for state in states)
-        packed, base = _split_packed(base)
+        packed, base = _split_packed(base, self.frozen_linears)
 
         def body(
             carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, tuple[Any, ...]]
@@ -270,7 +282,7 @@ class Decoder(nnx.Module):
         base is read where it lies in this decoder.
         """
         graphdef, _, state = nnx.split(self.layers, AdapterParam, BaseParam)
-        packed, rest = _split_packed(nnx.to_pure_dict(state))
+        packed, rest = _split_packed(nnx.to_pure_dict(state), self.frozen_linears)
         views = row_views(self.config, positions, segment_ids)
 
         def layer(h: jax.Array, index: jax.Array, adapter: dict[str, Any]) -> jax.Array:
@@ -307,17 +319,17 @@ class Decoder(nnx.Module):
         return block.combine(h, attended, context), cache
 
 
-def _split_packed(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The stacks of packed linears, which stay whole in the scan, and all other parameters."""
+def _split_packed(tree: dict[str, Any], frozen: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The stacks of frozen linears, which stay whole in the scan, and all other parameters."""
     packed: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for name, child in tree.items():
         if not isinstance(child, dict):
             rest[name] = child
-        elif getattr(child.get("weight"), "dtype", None) == jnp.uint8:
+        elif frozen and ("weight" in child or "codes" in child):
             packed[name] = child
         else:
-            packed[name], rest[name] = _split_packed(cast(dict[str, Any], child))
+            packed[name], rest[name] = _split_packed(cast(dict[str, Any], child), frozen)
     return packed, rest
 
 
@@ -358,6 +370,14 @@ def define_decoder(config: ModelConfig, options: DecoderOptions) -> DecoderDefin
         raise unknown_name("mode of the weights", options.mode, get_args(BaseMode))
     if options.packing not in get_args(Packing):
         raise unknown_name("packing of the weights", options.packing, get_args(Packing))
+    if options.float_format not in get_args(FloatFormat):
+        raise unknown_name("format of floats", options.float_format, get_args(FloatFormat))
+    if options.mode != "float" and options.float_format != "same":
+        raise FabricError(
+            f"{config.name} has no float weights to be stored as {options.float_format}",
+            expected="the mode 'float'",
+            found=f"the mode {options.mode!r}",
+        )
     if options.mode != "float" and not config.ternary:
         raise FabricError(
             f"{config.name} is not a ternary model",

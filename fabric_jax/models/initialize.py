@@ -33,9 +33,11 @@ def _initialize(state: nnx.State[Any, Any], root: jax.Array) -> Tree:
     filled: list[tuple[tuple[str, ...], jax.Array]] = []
     for path, variable in nnx.to_flat_state(state):
         names = tuple(str(part) for part in path)
-        # Codes of a quantised table stand for the very numbers that the float table would have.
-        path_of_table = "/".join(names).removesuffix("/codes")
-        key = jax.random.fold_in(root, zlib.crc32(path_of_table.encode()))
+        # Codes of a quantised matrix stand for the very numbers that the float one would have.
+        path_of_floats = "/".join(names)
+        if names[-1] == "codes":
+            path_of_floats = "/".join((*names[:-1], *(["weight"] if names[0] == "layers" else [])))
+        key = jax.random.fold_in(root, zlib.crc32(path_of_floats.encode()))
         like = cast(jax.ShapeDtypeStruct, variable.get_value())
         make = cast(Initializer, variable.get_metadata("initializer"))
         filled.append((names, _make(make, bool(variable.get_metadata("stacked")), like, key)))

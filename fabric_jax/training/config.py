@@ -143,7 +143,8 @@ class FinetuneConfig(RunConfig):
         weights: form of the base's linears; auto is packed where the model is ternary. packed for
             a checkpoint of plain floats says that these are master weights of a ternary model.
             packed is ternary2 (2 bits a weight); ternary1.6 holds five weights a byte, with the
-            same results.
+            same results. float is plain linears in dtype; float32, bfloat16, float16, int8 and int4
+            are plain linears that are stored so and multiplied in dtype.
         embedding_dtype: of embedding and head in memory; same is dtype. Half precision takes half
             the bytes and no more time on CPU; int8 and int4 take 8.5 and 4.5 bits a weight, rounded
             as GGUF's Q8_0 and Q4_0 are.
@@ -157,7 +158,19 @@ class FinetuneConfig(RunConfig):
     model: str
     adapter: str = ""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    weights: Literal["auto", "packed", "ternary2", "ternary1.6", "master", "float"] = "auto"
+    weights: Literal[
+        "auto",
+        "packed",
+        "ternary2",
+        "ternary1.6",
+        "master",
+        "float",
+        "float32",
+        "bfloat16",
+        "float16",
+        "int8",
+        "int4",
+    ] = "auto"
     embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
     gradient_bits: GradientBits = 16
     implementation: Literal["auto", "cpu", "xla"] = "auto"

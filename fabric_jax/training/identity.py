@@ -56,7 +56,7 @@ def run_identity(
     lora = asdict(options.lora)
     if not options.lora.freeze_a:
         del lora["freeze_a"]  # Checkpoints from before there was such a setting can go on.
-    return {
+    identity: dict[str, Any] = {
         "trains": trains,
         "model": definition.config.to_dict(),
         "weights": weights,
@@ -72,6 +72,10 @@ def run_identity(
         "dataset": settings,
         "data": data.fingerprint,
     }
+    if options.mode == "float" and options.frozen:
+        # Left out otherwise: what earlier versions saved can be continued.
+        identity["float_format"] = options.float_format
+    return identity
 
 
 def weights_digest(source: str, seed: int) -> str:

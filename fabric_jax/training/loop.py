@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fabric_jax.checkpoints.adapters import load_adapter, notes_on, read_lora_config
-from fabric_jax.checkpoints.loading import load_base, mode_and_packing
+from fabric_jax.checkpoints.loading import load_base, weights_form
 from fabric_jax.checkpoints.native import save_model
 from fabric_jax.checkpoints.peft import save_adapter
 from fabric_jax.data.load import Data, load_data
@@ -42,7 +42,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Summa
     """
 
     def prepare() -> Job:
-        mode, packing = mode_and_packing(config.weights)
+        form = weights_form(config.weights)
         loaded = load_base(
             config.model,
             dtype=config.dtype,
@@ -50,8 +50,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Summa
             seed=config.seed,
             lora=_lora_settings(config),
             remat=config.remat,
-            mode=mode,
-            packing=packing,
+            mode=form.mode,
+            packing=form.packing,
+            float_format=form.float_format,
             implementation=None if config.implementation == "auto" else config.implementation,
             embedding_dtype=None if config.embedding_dtype == "same" else config.embedding_dtype,
             gradient_bits=config.gradient_bits,

@@ -11,7 +11,7 @@ from fabric_kernels.ternary_matmul import select_implementation
 from flax import nnx
 
 from fabric_jax.checkpoints.assemble import in_form
-from fabric_jax.checkpoints.loading import mode_and_packing, open_source
+from fabric_jax.checkpoints.loading import open_source, weights_form
 from fabric_jax.data.batch import Batch
 from fabric_jax.errors import FabricError
 from fabric_jax.layers.lora import LoraConfig
@@ -54,7 +54,8 @@ class MemoryConfig:
         lora: rank, targets and the like.
         optimizer: AdamW.
         weights: form of the base's linears; auto is packed where the model is ternary. packed is
-            ternary2 (2 bits a weight); ternary1.6 holds five weights a byte.
+            ternary2 (2 bits a weight); ternary1.6 holds five weights a byte. float is plain linears
+            in dtype; float32, bfloat16, float16, int8 and int4 are plain linears stored so.
         dtype: of activations and unpacked weights.
         embedding_dtype: of embedding and head in memory; same is dtype.
         remat: what the backward pass recomputes instead of keeping.
@@ -72,7 +73,19 @@ class MemoryConfig:
     model: str = ""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    weights: Literal["auto", "packed", "ternary2", "ternary1.6", "master", "float"] = "auto"
+    weights: Literal[
+        "auto",
+        "packed",
+        "ternary2",
+        "ternary1.6",
+        "master",
+        "float",
+        "float32",
+        "bfloat16",
+        "float16",
+        "int8",
+        "int4",
+    ] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
     remat: Remat = "linears"
@@ -246,7 +259,8 @@ def _optimizer(config: MemoryConfig) -> optax.GradientTransformation:
 
 
 def _define(config: MemoryConfig) -> DecoderDefinition:
-    mode, packing = mode_and_packing(config.weights)
+    form = weights_form(config.weights)
+    mode = form.mode
     model: ModelConfig
     if config.model in REGISTRY:
         model = REGISTRY[config.model]
@@ -262,7 +276,8 @@ def _define(config: MemoryConfig) -> DecoderDefinition:
         )
     options = DecoderOptions(
         mode=mode,
-        packing=packing,
+        packing=form.packing,
+        float_format=form.float_format,
         dtype=config.dtype,
         implementation=None if config.implementation == "auto" else config.implementation,
         remat=config.remat,

@@ -12,7 +12,7 @@ import pytest
 from fabric_kernels import Packing, repack
 from fabric_kernels.ternary_matmul import Implementation
 
-from fabric_jax.checkpoints.loading import load_base, mode_and_packing
+from fabric_jax.checkpoints.loading import WeightsForm, load_base, weights_form
 from fabric_jax.checkpoints.native import load_model_folder, save_model
 from fabric_jax.data.batch import Batch
 from fabric_jax.errors import FabricError
@@ -167,11 +167,13 @@ def test_generation_from_random_weights_by_name() -> None:
 
 
 def test_words_for_weights() -> None:
-    assert mode_and_packing(None) == mode_and_packing("auto") == (None, "ternary2")
-    assert mode_and_packing("packed") == mode_and_packing("ternary2") == ("packed", "ternary2")
-    assert mode_and_packing("ternary1.6") == ("packed", "ternary1.6")
-    assert mode_and_packing("master") == ("master", "ternary2")
-    assert mode_and_packing("float") == ("float", "ternary2")
+    assert weights_form(None) == weights_form("auto") == WeightsForm()
+    assert weights_form("packed") == weights_form("ternary2") == WeightsForm(mode="packed")
+    assert weights_form("ternary1.6") == WeightsForm(mode="packed", packing="ternary1.6")
+    assert weights_form("master") == WeightsForm(mode="master")
+    assert weights_form("float") == WeightsForm(mode="float")
+    for word in ("float32", "bfloat16", "float16", "int8", "int4"):
+        assert weights_form(word) == WeightsForm(mode="float", float_format=word)
 
 
 def test_an_unknown_packing() -> None:
