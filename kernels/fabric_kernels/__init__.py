@@ -5,6 +5,7 @@ from fabric_kernels.attention import attention as attention
 from fabric_kernels.block_quantization import BlockTable as BlockTable
 from fabric_kernels.block_quantization import dequantize_blocks as dequantize_blocks
 from fabric_kernels.block_quantization import quantize_blocks as quantize_blocks
+from fabric_kernels.gradients import with_gradient_of as with_gradient_of
 from fabric_kernels.low_rank import LowRank as LowRank
 from fabric_kernels.low_rank import low_rank_product as low_rank_product
 from fabric_kernels.norm import gated_product as gated_product
