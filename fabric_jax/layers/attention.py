@@ -1,5 +1,7 @@
 """Causal self-attention with grouped key/value heads."""
 
+from functools import partial
+
 import jax
 from fabric_kernels.attention import Angles, attention
 from fabric_kernels.ternary_matmul import Implementation
@@ -8,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
 from fabric_jax.layers.norm import RMSNorm
+from fabric_jax.layers.residuals import Twin, on_both
 from fabric_jax.layers.rope import rotate
 
 
@@ -29,6 +32,16 @@ def attend(
     (padding) gets the mean of all values, which nothing reads.
     """
     return attention(q, k, v, mask, scale=scale, angles=angles, implementation=implementation)
+
+
+def split_heads(head_dim: int, y: jax.Array) -> Float[Array, "B T H hd"]:
+    """``y`` [B, T, H·hd] by heads."""
+    return y.reshape(*y.shape[:2], -1, head_dim)
+
+
+def join_heads(heads: Float[Array, "B T H hd"]) -> jax.Array:
+    """[B, T, H·hd]."""
+    return heads.reshape(*heads.shape[:2], -1)
 
 
 class Attention(nnx.Module):
@@ -73,27 +86,29 @@ class Attention(nnx.Module):
 
     def project(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T D"] | Twin,
         angles: Angles | None,
         context: LayerContext | None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]:
         """Queries, keys and values [B, T, heads, hd], queries and keys normalised and turned.
 
         Without angles they are not turned: :func:`attend` does it.
         """
         q, k, v = (
-            y.reshape(*x.shape[:2], -1, self.head_dim)
+            on_both(partial(split_heads, self.head_dim), y)
             for y in apply_together([self.q, self.k, self.v], x, context)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = on_both(self.q_norm, q), on_both(self.k_norm, k)
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            q, k = on_both(rotate, q, angles), on_both(rotate, k, angles)
         return q, k, v
 
-    def close(self, heads: Float[Array, "B T H hd"], context: LayerContext | None) -> jax.Array:
+    def close(
+        self, heads: Float[Array, "B T H hd"] | Twin, context: LayerContext | None
+    ) -> jax.Array | Twin:
         """Joins the heads to [B, T, D]."""
-        x = heads.reshape(*heads.shape[:2], -1)
+        x = on_both(join_heads, heads)
         if self.sub_norm is not None:
-            x = self.sub_norm(x)
+            x = on_both(self.sub_norm, x)
         return self.o(x, context)

@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from fabric_jax.layers.dot import linear
 from fabric_jax.layers.lora import Lora, LoraConfig
 from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, declare_base
+from fabric_jax.layers.residuals import Twin, as_codes, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_blocks, table_bits
 from fabric_jax.quantization.absmax import ActQuant
 from fabric_jax.quantization.packed_linear import packed_linears
@@ -80,10 +81,12 @@ class LayerContext:
             [L, ...], of which this layer is read where it lies; every other parameter is the
             layer's own. None: so are these.
         dropout_key: of this layer; None for no dropout.
+        int8_residuals: whether outputs of linears are twins, see ``layers.residuals``.
     """
 
     index: jax.Array | None = None
     dropout_key: jax.Array | None = None
+    int8_residuals: bool = False
 
 
 def float_dtype(float_format: FloatFormat, dtype: DTypeLike) -> str:
@@ -130,7 +133,9 @@ class BitLinear(nnx.Module):
         self.options = options
         self.stream = zlib.crc32(name.encode())
 
-    def __call__(self, x: jax.Array, context: LayerContext | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array | Twin, context: LayerContext | None = None
+    ) -> jax.Array | Twin:
         """[..., K] to [..., N] in the dtype of ``x``."""
         return apply_together([self], x, context)[0]
 
@@ -163,34 +168,39 @@ class BitLinear(nnx.Module):
             return None
         return self.lora.product
 
-    def finish(self, x: jax.Array, y: jax.Array, context: LayerContext | None) -> jax.Array:
-        """``y`` plus the share of an adapter that is not in it yet."""
+    def finish(
+        self, x: jax.Array | Twin, y: jax.Array, context: LayerContext | None
+    ) -> jax.Array | Twin:
+        """``y`` plus the share of an adapter that is not in it yet, in the form that is kept."""
         if self.lora is not None and self.product(context) is None:
             key = _key(context)
             assert key is not None
-            y = y + self.lora(x, jax.random.fold_in(key, self.stream))
+            y = y + joined(on_both(self.lora, x, jax.random.fold_in(key, self.stream)))
+        if context is not None and context.int8_residuals:
+            return as_codes(y)
         return checkpoint_name(y, LINEAR_OUTPUT)
 
 
 def apply_together(
-    linears: Sequence[BitLinear], x: jax.Array, context: LayerContext | None = None
-) -> list[jax.Array]:
+    linears: Sequence[BitLinear], x: jax.Array | Twin, context: LayerContext | None = None
+) -> list[jax.Array | Twin]:
     """The outputs of linears that share their input: it is quantised once."""
     options = linears[0].options
     products = [one.product(context) for one in linears]
     if options.mode == "packed":
         outputs = packed_linears(
-            x,
+            exact_form(x),
             [one.packed(context) for one in linears],
             products,
+            kept=x.kept if isinstance(x, Twin) else None,
             act_quant=options.act_quant,
             implementation=options.implementation,
             gradient_bits=options.gradient_bits,
         )
     else:
-        bases = [one.unpacked(x, context) for one in linears]
+        bases = [joined(on_both(one.unpacked, x, context)) for one in linears]
         outputs = [
-            y if adapter is None else y + low_rank_product(x, adapter)
+            y if adapter is None else y + joined(on_both(low_rank_product, x, adapter))
             for y, adapter in zip(bases, products, strict=True)
         ]
     return [one.finish(x, y, context) for one, y in zip(linears, outputs, strict=True)]

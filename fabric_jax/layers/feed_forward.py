@@ -12,6 +12,7 @@ from flax import nnx
 
 from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
 from fabric_jax.layers.norm import RMSNorm
+from fabric_jax.layers.residuals import Twin, on_both
 
 Activation = Literal["silu", "relu2", "gelu"]
 
@@ -60,10 +61,12 @@ class FeedForward(nnx.Module):
         self.activation: Activation = activation
         self.implementation: Implementation | None = options.implementation
 
-    def __call__(self, x: jax.Array, context: LayerContext | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array | Twin, context: LayerContext | None = None
+    ) -> jax.Array | Twin:
         """[B, T, D] to [B, T, D]."""
         gate, up = apply_together([self.gate, self.up], x, context)
-        return self.down(self.combine(gate, up), context)
+        return self.down(on_both(self.combine, gate, up), context)
 
     def combine(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         """The normalised gated product, [B, T, F]."""

@@ -64,16 +64,21 @@ def predict_scratch(
     linears = d + q + 2 * kv + 2 * f + 2 * d
     match options.remat:
         case "layer":
-            kept = d
+            kept = d * item
+        case "int8-residuals":
+            # The input as it is; codes and a scale of q, k, v, o, gate and up, and of down where a
+            # norm reads it.
+            read = q + 2 * kv + 2 * f + d + (d if config.post_norms else 0)
+            kept = d * item + read + FLOAT32_BYTES * (7 if config.post_norms else 6)
         case "linears":
-            kept = linears
+            kept = linears * item
         case "none":
             # The inputs of the linears too, and of norms and gates.
-            kept = linears + 4 * d + 2 * q + 3 * f
+            kept = (linears + 4 * d + 2 * q + 3 * f) * item
     scores = FLOAT32_BYTES * rows * config.num_heads * length * length
     tile = min(tokens, tile_tokens(tokens, config.vocab_size))
     return StepScratch(
-        kept=config.num_layers * tokens * kept * item,
+        kept=config.num_layers * tokens * kept,
         layer=tokens * live,
         attention=0 if kernels else 4 * min(scores, ATTENTION_TILE_BYTES),
         logits=2 * FLOAT32_BYTES * tile * config.vocab_size,

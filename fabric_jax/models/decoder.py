@@ -33,14 +33,16 @@ from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.parameters import AdapterParam, BaseParam
+from fabric_jax.layers.residuals import INT8_RESIDUAL, Twin, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_table, table_rows, table_value
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.views import Views, cache_views, row_views
 from fabric_jax.quantization.absmax import ActQuant
 
-Remat = Literal["none", "linears", "layer"]
+Remat = Literal["none", "linears", "int8-residuals", "layer"]
 """What the backward pass keeps of a layer: everything, the outputs of its linears (norms, gates and
-attention are recomputed, no product with a weight is), or its input alone."""
+attention are recomputed, no product with a weight is), int8 codes of these outputs, or its input
+alone. Codes leave the loss as it is; gradients are computed from rounded values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,25 +117,25 @@ class Block(nnx.Module):
 
     def project(
         self, h: jax.Array, angles: Angles | None, context: LayerContext | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]:
         """Queries, keys and values of the residual stream ``h`` [B, T, D]; see ``Attention``."""
         return self.attention.project(self.attention_norm(h), angles, context)
 
     def combine(
         self,
         h: jax.Array,
-        attended: Float[Array, "B T H hd"],
+        attended: Float[Array, "B T H hd"] | Twin,
         context: LayerContext | None,
     ) -> jax.Array:
         """The residual stream after attention and feed-forward."""
         change = self.attention.close(attended, context)
         if self.attention_post_norm is not None:
-            change = self.attention_post_norm(change)
-        h = h + change
-        change = self.mlp(self.mlp_norm(h), context)
+            change = on_both(self.attention_post_norm, change)
+        middle = on_both(jnp.add, h, change)
+        change = self.mlp(on_both(self.mlp_norm, middle), context)
         if self.mlp_post_norm is not None:
-            change = self.mlp_post_norm(change)
-        return h + change
+            change = on_both(self.mlp_post_norm, change)
+        return joined(on_both(jnp.add, middle, change))
 
 
 def _norm(
@@ -263,6 +265,9 @@ class Decoder(nnx.Module):
             case "linears":
                 keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT, NARROW_PRODUCT)
                 body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+            case "int8-residuals":
+                keep = jax.checkpoint_policies.save_only_these_names(INT8_RESIDUAL, NARROW_PRODUCT)
+                body = jax.checkpoint(body, prevent_cse=False, policy=keep)
             case "layer":
                 body = jax.checkpoint(body, prevent_cse=False)
         h = self.embed(tokens)
@@ -304,18 +309,19 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """The residual stream after one layer, and the cache with its keys and values."""
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        context = LayerContext(index=index, dropout_key=key)
+        # A cache takes its keys and values as they are; nothing is differentiated there.
+        rounds = self.remat == "int8-residuals" and cache is None
+        context = LayerContext(index=index, dropout_key=key, int8_residuals=rounds)
         view = views.at(index)
         # A cache holds keys that are turned; without one it is left to the attention.
         early, late = (None, view.angles) if cache is None else (view.angles, None)
         q, k, v = block.project(h, early, context)
         if cache is not None:
-            cache = cache.write(index, positions, k, v)
+            cache = cache.write(index, positions, exact_form(k), exact_form(v))
             k, v = cache.read(index, h.dtype)
         scale = self.config.attention_scale
-        attended = attend(
-            q, k, v, view.mask, scale, angles=late, implementation=self.attention_runs
-        )
+        core = partial(attend, mask=view.mask, scale=scale, angles=late)
+        attended = on_both(core, q, k, v, implementation=self.attention_runs)
         return block.combine(h, attended, context), cache
 
 

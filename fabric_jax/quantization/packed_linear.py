@@ -11,6 +11,7 @@ from fabric_kernels import (
     low_rank_product,
     ternary_linear,
     ternary_matmul,
+    with_gradient_of,
 )
 from fabric_kernels.ternary_matmul import GradientBits, Implementation
 from jaxtyping import Array, Float, Float32, UInt8
@@ -45,6 +46,7 @@ def packed_linears(
     weights: Sequence[TernaryWeight],
     adapters: Sequence[LowRank | None] | None = None,
     *,
+    kept: Float[Array, "*batch k"] | None = None,
     act_quant: ActQuant = "per_token",
     implementation: Implementation | None = None,
     gradient_bits: GradientBits = 16,
@@ -55,13 +57,20 @@ def packed_linears(
 
     Per token the products are exact: int8 codes times ternary codes accumulate in int32, and one
     float32 multiplication by both scales follows. Backward: ``dx = sum scale · (g · codes)``, the
-    quantiser counting as identity; the packed matrices and their scales get no gradient.
+    quantiser counting as identity; the packed matrices and their scales get no gradient. Where
+    ``kept`` is given, the backward pass reads it in place of ``x`` and the gradient goes to it.
     """
     if act_quant == "per_token":
         return ternary_linear(
-            x, weights, adapters, implementation=implementation, gradient_bits=gradient_bits
+            x,
+            weights,
+            adapters,
+            kept=kept,
+            implementation=implementation,
+            gradient_bits=gradient_bits,
         )
-    values = fake_quantize_activation(x, act_quant)
+    base_input = x if kept is None else with_gradient_of(x, kept)
+    values = fake_quantize_activation(base_input, act_quant)
     outputs: list[jax.Array] = []
     for weight, adapter in zip(weights, adapters or [None] * len(weights), strict=True):
         one = weight.single()
@@ -70,5 +79,5 @@ def packed_linears(
         )
         scaled = product.astype(jnp.float32) * jax.lax.stop_gradient(one.scale)
         y = scaled.astype(x.dtype)
-        outputs.append(y if adapter is None else y + low_rank_product(x, adapter))
+        outputs.append(y if adapter is None else y + low_rank_product(x, adapter, kept=kept))
     return tuple(outputs)

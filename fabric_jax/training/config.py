@@ -96,7 +96,8 @@ class RunConfig:
         dtype: of activations and unpacked weights.
         act_quant: quantiser of the inputs of ternary linears; by default the one that the model
             was saved with, else per_token.
-        remat: what the backward pass recomputes instead of keeping.
+        remat: what the backward pass recomputes instead of keeping. int8-residuals keeps int8 codes
+            of the outputs of linears: the same loss, gradients from rounded values.
         seed: of adapter, dropout and random base weights.
     """
 

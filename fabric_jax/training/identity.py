@@ -1,9 +1,10 @@
 """What must be equal for a checkpoint to be continued: all that the next step depends on.
 
 May change between sessions: where files lie, how often to log, save and evaluate, how many
-checkpoints to keep, ``remat`` (the same maths, rounded elsewhere), the layout of packed weights
-(the same integers), and ``epochs`` and ``max_steps`` as long as the learning rate does not depend
-on them: that is, under the constant schedule with a warm-up given in steps.
+checkpoints to keep, ``remat`` (the same maths, rounded elsewhere; coarsely with int8-residuals),
+the layout of packed weights (the same integers), and ``epochs`` and ``max_steps`` as long as the
+learning rate does not depend on them: that is, under the constant schedule with a warm-up given in
+steps.
 """
 
 import hashlib

@@ -58,7 +58,8 @@ class MemoryConfig:
             in dtype; float32, bfloat16, float16, int8 and int4 are plain linears stored so.
         dtype: of activations and unpacked weights.
         embedding_dtype: of embedding and head in memory; same is dtype.
-        remat: what the backward pass recomputes instead of keeping.
+        remat: what the backward pass recomputes instead of keeping. int8-residuals keeps int8 codes
+            of the outputs of linears.
         implementation: of products with packed weights; auto picks the fastest there is.
         fused_update: whether each layer's adapter is updated within the backward pass.
         max_length: positions in a row.

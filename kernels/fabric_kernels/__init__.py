@@ -7,6 +7,7 @@ from fabric_kernels.block_quantization import dequantize_blocks as dequantize_bl
 from fabric_kernels.block_quantization import quantize_blocks as quantize_blocks
 from fabric_kernels.frozen_matmul import FrozenWeight as FrozenWeight
 from fabric_kernels.frozen_matmul import frozen_matmul as frozen_matmul
+from fabric_kernels.gradients import with_gradient_of as with_gradient_of
 from fabric_kernels.low_rank import LowRank as LowRank
 from fabric_kernels.low_rank import low_rank_product as low_rank_product
 from fabric_kernels.norm import gated_product as gated_product

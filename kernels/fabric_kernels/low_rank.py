@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fabric_kernels.gradients import with_gradient_of
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale"])
 @dataclass(frozen=True)
@@ -26,8 +28,14 @@ class LowRank:
     scale: float = field(metadata={"static": True})
 
 
-def low_rank_product(x: jax.Array, adapter: LowRank) -> jax.Array:
-    """``scale · (x[..., K] · A^T) · B``, [..., N] in the dtype of ``x``; sums in float32."""
+def low_rank_product(x: jax.Array, adapter: LowRank, *, kept: jax.Array | None = None) -> jax.Array:
+    """``scale · (x[..., K] · A^T) · B``, [..., N] in the dtype of ``x``; sums in float32.
+
+    The gradient is that of the product of ``kept`` [..., K] where it is given.
+    """
+    if kept is not None:
+        exact = lax.stop_gradient(low_rank_product(x, adapter))
+        return with_gradient_of(exact, low_rank_product(kept, adapter))
     narrow = _contract(x, adapter.a, 1) * jnp.asarray(adapter.scale, x.dtype)
     return _widen(narrow, adapter.b)
 

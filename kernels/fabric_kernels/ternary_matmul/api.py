@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fabric_kernels import cpu_library
+from fabric_kernels.gradients import with_gradient_of
 from fabric_kernels.low_rank import LowRank, low_rank_product
 from fabric_kernels.packing import Packing
 from fabric_kernels.ternary_matmul import cpu, xla
@@ -101,6 +102,7 @@ def ternary_linear(
     weights: Sequence[TernaryWeight],
     adapters: Sequence[LowRank | None] | None = None,
     *,
+    kept: jax.Array | None = None,
     implementation: Implementation | None = None,
     gradient_bits: GradientBits = 16,
 ) -> tuple[jax.Array, ...]:
@@ -110,6 +112,8 @@ def ternary_linear(
         x: [..., K], floats; quantised per token to int8 by absmax, once for all matrices.
         weights: up to four, with the same K, packing and layer.
         adapters: a low-rank adapter for each weight, or None; it reads the un-quantised ``x``.
+        kept: what the backward pass reads in place of ``x``, of its shape and dtype; the gradient
+            then goes to it, and none to ``x``.
         implementation: which one to run; ``None`` picks. A named one runs or raises.
         gradient_bits: 16 halves the time of the backward product on CPU; 24 is as exact as float32.
 
@@ -120,12 +124,14 @@ def ternary_linear(
         identity; weights and scales get no gradient.
 
     Raises:
-        TypeError: ``x`` is not a float, a weight not uint8 or a scale not float32.
+        TypeError: ``x`` is not a float, a weight not uint8 or a scale not float32, or ``kept`` is
+            of another dtype than ``x``.
         ValueError: shapes, packings or the number of weights do not fit, or a name is unknown.
     """
     chosen = select_implementation(implementation)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"ternary_linear takes floats, found {x.dtype}")
+    _check_kept(x, kept)
     if not 1 <= len(weights) <= cpu.MAX_GROUPS:
         raise ValueError(f"expected one to {cpu.MAX_GROUPS} weights, found {len(weights)}")
     for weight in weights:
@@ -144,12 +150,22 @@ def ternary_linear(
         if adapter is not None:
             _check_adapter(weight, adapter)
     if chosen == "cpu":
-        return _cpu_linear(gradient_bits, x, tuple(weights), own)
-    outputs = _xla_linear(x, tuple(weights))
+        return _cpu_linear(gradient_bits, x, kept, tuple(weights), own)
+    base_input = x if kept is None else with_gradient_of(x, kept)
+    outputs = _xla_linear(base_input, tuple(weights))
     return tuple(
-        y if adapter is None else y + low_rank_product(x, adapter)
+        y if adapter is None else y + low_rank_product(x, adapter, kept=kept)
         for y, adapter in zip(outputs, own, strict=True)
     )
+
+
+def _check_kept(x: jax.Array, kept: jax.Array | None) -> None:
+    if kept is None:
+        return
+    if kept.dtype != x.dtype:
+        raise TypeError(f"kept must be of the dtype of x, {x.dtype}, found {kept.dtype}")
+    if kept.shape != x.shape:
+        raise ValueError(f"kept must be of the shape of x, {x.shape}, found {kept.shape}")
 
 
 def _check_adapter(weight: TernaryWeight, adapter: LowRank) -> None:
@@ -233,40 +249,54 @@ _xla_linear.defvjp(_xla_linear_fwd, _xla_linear_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cpu_linear(
-    bits: GradientBits, x: jax.Array, weights: _Weights, adapters: _Adapters
+    bits: GradientBits,
+    x: jax.Array,
+    kept: jax.Array | None,
+    weights: _Weights,
+    adapters: _Adapters,
 ) -> tuple[jax.Array, ...]:
-    del bits
+    del bits, kept
     return cpu.linear(x, weights, adapters)[0]
 
 
-_Residuals = tuple[jax.Array, _Weights, _Adapters, tuple[jax.Array, ...]]
+_Residuals = tuple[jax.Array | None, jax.Array | None, _Weights, _Adapters, tuple[jax.Array, ...]]
 
 
 def _cpu_linear_fwd(
-    bits: GradientBits, x: jax.Array, weights: _Weights, adapters: _Adapters
+    bits: GradientBits,
+    x: jax.Array,
+    kept: jax.Array | None,
+    weights: _Weights,
+    adapters: _Adapters,
 ) -> tuple[tuple[jax.Array, ...], _Residuals]:
     del bits
     outputs, narrow = cpu.linear(x, weights, adapters)
     # Kept under a name of their own, the narrow products spare a rematerialised backward pass the
     # whole call: they are R floats a token.
     narrow = tuple(checkpoint_name(u, NARROW_PRODUCT) for u in narrow)
+    read = x if kept is None else kept
     if all(adapter is None for adapter in adapters):
-        x = x[..., :0]  # of no use in the backward pass, but for its dtype
-    return outputs, (x, weights, adapters, narrow)
+        read = read[..., :0]  # of no use in the backward pass, but for its dtype
+    own, other = (read, None) if kept is None else (None, read)
+    return outputs, (own, other, weights, adapters, narrow)
 
 
 def _cpu_linear_bwd(
     bits: GradientBits, residuals: _Residuals, gradients: tuple[jax.Array, ...]
-) -> tuple[jax.Array, _Weights, _Adapters]:
-    x, weights, adapters, narrow = residuals
-    dx, pairs = cpu.linear_transposed(x, gradients, weights, adapters, narrow, bits=bits)
+) -> tuple[jax.Array | None, jax.Array | None, _Weights, _Adapters]:
+    x, kept, weights, adapters, narrow = residuals
+    read = kept if x is None else x
+    assert read is not None
+    dx, pairs = cpu.linear_transposed(read, gradients, weights, adapters, narrow, bits=bits)
     d_adapters = tuple(
         adapter
         if adapter is None
         else LowRank(da.astype(adapter.a.dtype), db.astype(adapter.b.dtype), adapter.scale)
         for adapter, (da, db) in zip(adapters, pairs, strict=True)
     )
-    return dx, tuple(no_gradient(weight) for weight in weights), d_adapters
+    frozen = tuple(no_gradient(weight) for weight in weights)
+    own, other = (dx, None) if kept is None else (None, dx)
+    return own, other, frozen, d_adapters
 
 
 _cpu_linear.defvjp(_cpu_linear_fwd, _cpu_linear_bwd)
