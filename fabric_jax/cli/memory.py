@@ -96,6 +96,12 @@ def _print(found: "MemoryAccount", config: "MemoryConfig") -> None:
             f"device: peak of {bytes_text(measured.peak)} in {measured.steps} steps, less "
             f"{bytes_text(measured.baseline)} before the job"
         )
+        if measured.driver_peak is not None:
+            out.print(
+                f"driver: {bytes_text(measured.driver_peak)} at most, "
+                f"{bytes_text(measured.driver_baseline)} before the job; context, code and the "
+                "allocator's pool included"
+            )
 
 
 def _difference(name: str, value: int, other: str, base: int) -> str:

@@ -21,6 +21,7 @@ from fabric_jax.measurement.categories import (
     compiled_memory,
     predict_memory,
 )
+from fabric_jax.measurement.driver import DriverPeak, driver_bytes
 from fabric_jax.measurement.memory import (
     current_memory_bytes,
     peak_memory_bytes,
@@ -123,11 +124,15 @@ class MeasuredMemory:
     Attributes:
         peak: bytes, raw: of the allocator on an accelerator, of the resident set on CPU.
         baseline: bytes before the job, after the backend had started.
+        driver_peak: of the whole GPU as its driver counts; None where it doesn't.
+        driver_baseline: the same before the job.
         steps: how many were run.
     """
 
     peak: int
     baseline: int
+    driver_peak: int | None
+    driver_baseline: int | None
     steps: int
 
     @property
@@ -288,11 +293,11 @@ def _define(config: MemoryConfig) -> DecoderDefinition:
     return define_decoder(model, options)
 
 
-def _start_backend() -> int:
-    """Bytes in use once the backend runs and has done something."""
+def _start_backend() -> tuple[int, int | None]:
+    """Bytes in use once the backend runs and has done something; the driver's count too."""
     jax.block_until_ready(jnp.zeros((), jnp.float32) + 1)
     release_free_memory()
-    return current_memory_bytes()
+    return current_memory_bytes(), driver_bytes()
 
 
 def _compile(definition: DecoderDefinition, config: MemoryConfig) -> jax.stages.Compiled:
@@ -314,7 +319,7 @@ def _measure(
     definition: DecoderDefinition,
     config: MemoryConfig,
     step: jax.stages.Compiled,
-    baseline: int,
+    baseline: tuple[int, int | None],
 ) -> MeasuredMemory:
     """Makes random weights and runs the compiled step."""
     frozen = initialize_base(definition, 0)
@@ -326,12 +331,19 @@ def _measure(
     jax.clear_caches()
     release_free_memory()
     reset_peak_memory()
-    for _ in range(config.steps):
-        state, metrics = step(state, frozen, batch, jax.random.key(0))
-        loss = float(metrics.loss)
-        if not np.isfinite(loss):
-            raise FabricError(f"the measured step gave a loss of {loss}")
-    return MeasuredMemory(peak=peak_memory_bytes(), baseline=baseline, steps=config.steps)
+    with DriverPeak() as driver:
+        for _ in range(config.steps):
+            state, metrics = step(state, frozen, batch, jax.random.key(0))
+            loss = float(metrics.loss)
+            if not np.isfinite(loss):
+                raise FabricError(f"the measured step gave a loss of {loss}")
+    return MeasuredMemory(
+        peak=peak_memory_bytes(),
+        baseline=baseline[0],
+        driver_peak=driver.peak,
+        driver_baseline=baseline[1],
+        steps=config.steps,
+    )
 
 
 def _batch(shape: tuple[int, int, int], vocabulary: int) -> Batch:
