@@ -1,6 +1,7 @@
 """Prompts to ids and answers back to text."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -44,7 +45,11 @@ def test_what_is_no_prompt_is_refused(prompt):
         encode_prompt(BYTES, prompt)
 
 
-@given(st.text(max_size=12), st.text(max_size=12))
+SPECIAL = re.compile(r"<\|(?:pad|bos|eos)\|>")
+
+
+# Spelled out, a special token is that token, which decoding leaves out.
+@given(st.text(max_size=12), st.text(max_size=12).filter(lambda text: not SPECIAL.search(text)))
 def test_the_answer_is_what_it_adds_to_the_prompt(prompt, answer):
     ids = BYTES.encode(prompt, add_special=True)
     assert decode_continuation(BYTES, ids, BYTES.encode(answer)) == answer
