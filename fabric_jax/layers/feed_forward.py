@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from fabric_kernels import gated_product
-from fabric_kernels.ternary_matmul import Implementation
+from fabric_kernels.ternary_matmul import SideImplementation, side_implementation
 from flax import nnx
 
 from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
@@ -59,7 +59,7 @@ class FeedForward(nnx.Module):
             )
         )
         self.activation: Activation = activation
-        self.implementation: Implementation | None = options.implementation
+        self.implementation: SideImplementation | None = side_implementation(options.implementation)
 
     def __call__(
         self, x: jax.Array | Twin, context: LayerContext | None = None

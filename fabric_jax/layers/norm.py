@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from fabric_kernels import rms_norm
-from fabric_kernels.ternary_matmul import Implementation
+from fabric_kernels.ternary_matmul import Implementation, SideImplementation, side_implementation
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -32,7 +32,7 @@ class RMSNorm(nnx.Module):
         self.gain = declare_base((size,), dtype, Constant(1.0 - offset), stack=stack)
         self.eps = eps
         self.offset = offset
-        self.implementation: Implementation | None = implementation
+        self.implementation: SideImplementation | None = side_implementation(implementation)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of ``x`` [..., size]."""

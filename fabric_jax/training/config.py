@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fabric_kernels.ternary_matmul import GradientBits
+from fabric_kernels.ternary_matmul import GradientBits, Implementation
 
 from fabric_jax.data.config import DataConfig
 from fabric_jax.errors import FabricError
@@ -174,7 +174,7 @@ class FinetuneConfig(RunConfig):
     ] = "auto"
     embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
     gradient_bits: GradientBits = 16
-    implementation: Literal["auto", "cpu", "xla"] = "auto"
+    implementation: Literal["auto"] | Implementation = "auto"
     fused_update: bool = False
 
     def __post_init__(self) -> None:

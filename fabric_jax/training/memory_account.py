@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from fabric_kernels.ternary_matmul import select_implementation
+from fabric_kernels.ternary_matmul import Implementation, select_implementation
 from flax import nnx
 
 from fabric_jax.checkpoints.assemble import in_form
@@ -91,7 +91,7 @@ class MemoryConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
     remat: Remat = "linears"
-    implementation: Literal["auto", "cpu", "xla"] = "auto"
+    implementation: Literal["auto"] | Implementation = "auto"
     fused_update: bool = False
     max_length: int = 128
     batch_size: int = 1

@@ -2,38 +2,24 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fabric_kernels import cpu_library
 from fabric_kernels.gradients import with_gradient_of
 from fabric_kernels.low_rank import LowRank, low_rank_product
 from fabric_kernels.packing import Packing
-from fabric_kernels.ternary_matmul import cpu, xla
+from fabric_kernels.ternary_matmul import cpu
+from fabric_kernels.ternary_matmul.select import Implementation, products, select_implementation
 from fabric_kernels.ternary_matmul.weight import TernaryWeight, no_gradient
 
-Implementation = Literal["xla", "cpu"]
 GradientBits = Literal[16, 24]
 """Bits of a gradient's fixed-point form in the CPU kernel; others compute in float and take no
 notice of it."""
 NARROW_PRODUCT = "narrow_product"
 """The name under which rematerialisation policies know what adapters keep for the backward pass."""
-
-
-def select_implementation(implementation: Implementation | None = None) -> Implementation:
-    """The implementation that a call with these arguments runs; ``None`` means the best one."""
-    if implementation is None:
-        on_cpu = jax.default_backend() == "cpu" and cpu_library.available()
-        return "cpu" if on_cpu else "xla"
-    if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"ternary_matmul has the implementations {', '.join(get_args(Implementation))}; "
-            f"found {implementation!r}"
-        )
-    return implementation
 
 
 def ternary_matmul(
@@ -62,7 +48,7 @@ def ternary_matmul(
     chosen = select_implementation(implementation)
     weight = _weight(packed, x.shape[-1], packing)
     if x.dtype == jnp.int8:
-        return xla.matmul(x, weight) if chosen == "xla" else cpu.matmul(x, weight)
+        return products(chosen).matmul(x, weight)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"ternary_matmul takes int8 codes or floats, found {x.dtype}")
     return _float_matmul(chosen, x, weight)
@@ -152,7 +138,7 @@ def ternary_linear(
     if chosen == "cpu":
         return _cpu_linear(gradient_bits, x, kept, tuple(weights), own)
     base_input = x if kept is None else with_gradient_of(x, kept)
-    outputs = _xla_linear(base_input, tuple(weights))
+    outputs = cast(tuple[jax.Array, ...], _linear(chosen, base_input, tuple(weights)))
     return tuple(
         y if adapter is None else y + low_rank_product(x, adapter, kept=kept)
         for y, adapter in zip(outputs, own, strict=True)
@@ -185,7 +171,7 @@ def _weight(packed: jax.Array, k: int, packing: Packing) -> TernaryWeight:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_matmul(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> jax.Array:
-    return xla.matmul(x, weight) if chosen == "xla" else cpu.matmul(x, weight)
+    return products(chosen).matmul(x, weight)
 
 
 def _float_matmul_fwd(
@@ -205,9 +191,7 @@ _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_transposed(chosen: Implementation, g: jax.Array, weight: TernaryWeight) -> jax.Array:
-    if chosen == "xla":
-        return xla.matmul_transposed(g, weight)
-    return cpu.matmul_transposed(g, weight)
+    return products(chosen).matmul_transposed(g, weight)
 
 
 def _float_transposed_fwd(
@@ -228,23 +212,25 @@ _Adapters = tuple[LowRank | None, ...]
 _Weights = tuple[TernaryWeight, ...]
 
 
-@jax.custom_vjp
-def _xla_linear(x: jax.Array, weights: _Weights) -> tuple[jax.Array, ...]:
-    return xla.linear(x, weights)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(chosen: Implementation, x: jax.Array, weights: _Weights) -> tuple[jax.Array, ...]:
+    return products(chosen).linear(x, weights)
 
 
-def _xla_linear_fwd(x: jax.Array, weights: _Weights) -> tuple[tuple[jax.Array, ...], _Weights]:
-    return _xla_linear(x, weights), weights
+def _linear_fwd(
+    chosen: Implementation, x: jax.Array, weights: _Weights
+) -> tuple[tuple[jax.Array, ...], _Weights]:
+    return _linear(chosen, x, weights), weights
 
 
-def _xla_linear_bwd(
-    weights: _Weights, gradients: tuple[jax.Array, ...]
+def _linear_bwd(
+    chosen: Implementation, weights: _Weights, gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, _Weights]:
-    dx = xla.linear_transposed(gradients, weights)
+    dx = products(chosen).linear_transposed(gradients, weights)
     return dx, tuple(no_gradient(weight) for weight in weights)
 
 
-_xla_linear.defvjp(_xla_linear_fwd, _xla_linear_bwd)
+_linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
