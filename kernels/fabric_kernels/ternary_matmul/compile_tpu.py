@@ -1,8 +1,8 @@
-"""Compiles the TPU kernels without a TPU, and writes what the compiler says about them.
+r"""Compiles the TPU kernels without a TPU, and writes what the compiler says about them.
 
 ``pip install 'jax[tpu]'`` into an environment of its own, then::
 
-    JAX_PLATFORMS=cpu python -m fabric_kernels.ternary_matmul.compile_tpu \\
+    JAX_PLATFORMS=cpu python -m fabric_kernels.ternary_matmul.compile_tpu \
         --target v5e v6e --out FILE
 
 libtpu compiles for a described chip; nothing runs. A kernel's *bundles* are its instructions, one a
@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding, Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from fabric_kernels.packing import Packing, packed_width
 from fabric_kernels.ternary_matmul import mosaic_tpu
@@ -47,6 +47,8 @@ def available() -> bool:
 def describe(target: str) -> Sharding:
     """Where a program for one ``target`` chip lies."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # The lock keeps two processes from one chip; there is none here.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies  # not every platform's jaxlib can describe chips
 
     described = topologies.get_topology_desc(TOPOLOGIES[target], platform="tpu")
@@ -90,7 +92,12 @@ def count_bundles(dump: Path) -> dict[str, int]:
 
 
 def measure(
-    call: str, shape: tuple[int, int, int], target: str, place: Sharding, packing: Packing, dump: Path
+    call: str,
+    shape: tuple[int, int, int],
+    target: str,
+    place: Sharding,
+    packing: Packing,
+    dump: Path,
 ) -> list[Any]:
     """One row of the table: ``COLUMNS``; ``bundles`` is the error where nothing came out."""
     start = time.perf_counter()
