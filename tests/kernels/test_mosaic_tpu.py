@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fabric_kernels import Packing, TernaryWeight, pack
+from fabric_kernels import Packing, TernaryWeight, pack, packed_width
 from fabric_kernels.ternary_matmul import compile_tpu, mosaic_tpu, xla
 from fabric_kernels.ternary_matmul.mosaic_tpu import Target
 from jax import lax
@@ -109,7 +109,7 @@ def test_float16_and_leading_axes() -> None:
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_grouped_linears(packing: Packing) -> None:
-    problem = Problem(n=(40, 16, 130), k=529, leading=(3, 5), ranks=(None,) * 3, packing=packing)
+    problem = Problem(n=(40, 130), k=529, leading=(3, 5), ranks=(None,) * 2, packing=packing)
     found = mosaic_tpu.linear(problem.x, problem.weights, target=INT8)
     of_xla = xla.linear(problem.x, problem.weights)
     for y, other, exact in zip(found, of_xla, expected_outputs(problem), strict=True):
@@ -161,6 +161,25 @@ def test_no_rows() -> None:
     _, weight = make(5, 9)
     assert mosaic_tpu.linear(normal(0, 9), (weight,), target=INT8)[0].shape == (0, 5)
     assert mosaic_tpu.matmul_transposed(normal(0, 5), weight, target=INT8).shape == (0, 9)
+
+
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "bfloat16"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_lowers_for_tpu(packing: Packing, int8: bool) -> None:
+    """Mosaic takes the kernels, and the stack goes to them whole; no libtpu is asked."""
+    target, layers, n, k = Target(int8=int8), 2, 192, 200
+
+    def run(x: jax.Array, g: jax.Array, packed: jax.Array, layer: jax.Array) -> list[jax.Array]:
+        weights = (TernaryWeight(packed, jnp.ones((layers,)), layer, k, packing),)
+        y = mosaic_tpu.linear(x, weights, target=target)[0]
+        dx = mosaic_tpu.linear_transposed((g,), weights, target=target)
+        return [y, dx, mosaic_tpu.matmul(x, weights[0], target=target)]
+
+    shapes = ((8, k), jnp.float32), ((8, n), jnp.bfloat16), ((), jnp.int32)
+    x, g, layer = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    packed = jax.ShapeDtypeStruct((layers, n, packed_width(k, packing)), jnp.uint8)
+    text = jax.jit(run).trace(x, g, packed, layer).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == (5 if packing == "ternary2" else 3)
 
 
 def test_compiles_for_tpu() -> None:

@@ -83,7 +83,7 @@ def count_bundles(dump: Path) -> dict[str, int]:
     """Bundles of each of our kernels that was compiled since the last time, by name."""
     counts: dict[str, int] = {}
     for file in dump.iterdir():
-        name = re.search(r"-(ternary_[a-z]+)\S*-\d+-final_bundles\.txt$", file.name)
+        name = re.search(r"-ternary_([a-z]+)\S*-\d+-final_bundles\.txt$", file.name)
         if name is not None and "schedule-analysis" not in file.name:
             text = file.read_text(encoding="utf-8", errors="replace")
             counts[name[1]] = len(re.findall(r"^\s*0x[0-9a-f]+", text, re.MULTILINE))
@@ -104,6 +104,7 @@ def measure(
     try:
         compiled = compile_call(call, *shape, target, place, packing)
     except Exception as error:  # whatever the compiler raises is a result here
+        count_bundles(dump)
         return [*shape, call, None, None, None, f"{error}"[:200]]
     seconds = round(time.perf_counter() - start, 1)
     memory = compiled.memory_analysis()
