@@ -1,12 +1,12 @@
 """The TPU implementation: Pallas kernels that unpack in registers and multiply on the MXU.
 
 Rows of a block of packed bytes lie along sublanes, four to a 32-bit word, so that shifting and
-masking words gives a *plane*, the codes of one field of each byte, without moving anything: plane j
-of ``ternary2`` holds k = 4i + j. A product with the matrix is the sum of products with its planes,
-and nothing of the weight is ever interleaved. It is the activations whose columns are put in the
-order of planes, once a call, and the gradient's back in the order of k: products with a permutation
-matrix, exact, at M·K·512 operations, where XLA would transpose through memory. The planes of
-``ternary1.6`` are contiguous in k already.
+masking words gives a *plane*, the codes of one field of each byte, without moving anything; nor
+does the order of bytes in a word matter. Plane j of ``ternary2`` holds k = 4i + j. A product with
+the matrix is the sum of products with its planes, and nothing of the weight is ever interleaved. It
+is the activations whose columns are put in the order of planes, once a call, and the gradient's
+back in the order of k: products with a permutation matrix, exact, 512 multiplications an element,
+where XLA would transpose through memory. The planes of ``ternary1.6`` are contiguous in k already.
 
 Integer products read codes + 1, which is what is stored, and subtract the sum of the row. Chips
 with an int8 MXU (v5e, v5p, v6e) add in int32. Others multiply the same numbers as bfloat16, exact
