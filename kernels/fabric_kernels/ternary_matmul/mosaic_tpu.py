@@ -23,17 +23,16 @@ import jax.numpy as jnp
 
 from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.packing import Packing
+from fabric_kernels.ternary_matmul.mosaic_tpu_blocks import Target as Target
+from fabric_kernels.ternary_matmul.mosaic_tpu_blocks import Tiling, tiling_of
 from fabric_kernels.ternary_matmul.mosaic_tpu_kernels import (
     FLOAT32_PARTS,
-    Tiling,
     forward,
     permute,
     scale_of,
     split_float32,
-    tiling_of,
     transposed,
 )
-from fabric_kernels.ternary_matmul.mosaic_tpu_kernels import Target as Target
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 
