@@ -1,0 +1,153 @@
+"""A Pallas-Triton kernel for few tokens, where reading the weights is what takes time.
+
+No matrix units: four bytes of weights and of each plane of activations are words for ``dp4a``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from fabric_kernels.ternary_matmul.triton_kernels import Mode, Ref, Tile, scale_at
+
+MAX_UNROLLED = 8
+"""Vectors of a row whose loads are all in one straight run of code."""
+
+# Four fields times four activations each, added to a sum. Of the four sums of a group of four
+# elements only the first is in use: the others stay 0, which the compiler finds out.
+_DOT = (
+    "{ .reg .b32 f, s; and.b32 f, $4, 0x03030303; dp4a.s32.s32 s, f, $5, $9;"
+    + "".join(
+        f" shr.b32 f, $4, {2 * j}; and.b32 f, f, 0x03030303; dp4a.s32.s32 s, f, ${5 + j}, s;"
+        for j in (1, 2, 3)
+    )
+    + " mov.b32 $0, s; mov.b32 $1, $10; mov.b32 $2, $11; mov.b32 $3, $12; }"
+)
+
+
+def few_tokens(
+    planes: jax.Array,
+    packed: Sequence[jax.Array],
+    layers: Sequence[jax.Array],
+    m: int,
+    tile: Tile,
+    *,
+    mode: Mode,
+    sums: jax.Array,
+    factors: tuple[jax.Array, Sequence[jax.Array]] | None,
+    dtype: Any,
+) -> tuple[jax.Array, ...]:
+    """``x · codes^T`` of int8 tokens and several ``ternary2`` matrices in one launch.
+
+    A program takes tile.n rows of a matrix, each as vectors along k: what the elements of a vector
+    are, and which of them form a word for ``dp4a``, makes no difference to a sum over all of them.
+
+    Args:
+        planes: int8 [4, M', W'], zeros past the row; W' whole tiles.
+        packed: uint8 [L, N, W] each, with the same W.
+        layers: int32 [1] each.
+        m: tokens, at most M'.
+        tile: sizes.
+        mode: what runs it.
+        sums: int32 [M'], of the codes of a token.
+        factors: what multiplies a token, float32 [M'], and each matrix, float32 [L] or [1].
+        dtype: of the results.
+
+    Returns:
+        [m, N] each.
+    """
+    count = len(packed)
+    programs = [pl.cdiv(p.shape[1], tile.n) for p in packed]
+
+    def kernel(x: Ref, sums: Ref, *rest: Ref) -> None:
+        refs, out = rest[:-count], rest[-count:]
+        token_factor = refs[2 * count] if factors else None
+        program = pl.program_id(0)
+        start = 0
+        for g in range(count):
+            first, past = start, start + programs[g]
+            start = past
+            scale = refs[2 * count + 1 + g] if factors else None
+
+            def rows(g: int = g, first: int = first, scale: Ref = scale) -> None:
+                row = (program - first) * tile.n
+                _rows(x, sums, refs[g], refs[count + g], token_factor, scale, out[g], row)
+
+            if count == 1:
+                rows()
+            else:
+                pl.when((program >= first) & (program < past))(rows)
+
+    def _rows(
+        x: Ref, sums: Ref, layer: Ref, v: Ref, token_factor: Ref, scale: Ref, out: Ref, row: Any
+    ) -> None:
+        index = layer[0]
+        # Rows past the end are the last one over again.
+        rows = [jnp.minimum(row + r, out.shape[1] - 1) for r in range(tile.n)]
+        totals = _row_sums(x, v, index, rows, m, tile, mode)
+        for t in range(m):
+            for r in range(tile.n):
+                y = jnp.sum(totals[r][t]) - sums[t]
+                if token_factor is not None:
+                    y = y.astype(jnp.float32) * (token_factor[t] * scale_at(scale, index))
+                out[t, rows[r]] = y.astype(dtype)
+
+    scaled = (factors[0], *factors[1]) if factors else ()
+    return tuple(
+        pl.pallas_call(
+            kernel,
+            out_shape=[jax.ShapeDtypeStruct((m, p.shape[1]), dtype) for p in packed],
+            grid=(sum(programs),),
+            compiler_params=tile.params(),
+            interpret=mode == "interpret",
+            name="ternary_few_tokens",
+        )(planes, sums, *layers, *packed, *scaled)
+    )
+
+
+def _row_sums(
+    x: Ref, packed: Ref, layer: jax.Array, rows: list[jax.Array], m: int, tile: Tile, mode: Mode
+) -> list[list[jax.Array]]:
+    """Partial sums [tile.w] for each row and token, to be added up."""
+    width = packed.shape[2]
+
+    def step(i: Any, totals: list[list[jax.Array]]) -> list[list[jax.Array]]:
+        at = i * tile.w
+        columns = at + lax.iota(jnp.int32, tile.w)
+        inside = columns < width if width % tile.w else None
+        bytes_ = [plgpu.load(packed.at[layer, row, columns], mask=inside) for row in rows]
+        totals = [list(row) for row in totals]
+        for t in range(m):
+            fields = [x[j, t, pl.ds(at, tile.w)] for j in range(4)]
+            for r, v in enumerate(bytes_):
+                totals[r][t] = _dot(v, fields, totals[r][t], mode)
+        return totals
+
+    totals = [[jnp.zeros((tile.w,), jnp.int32)] * m for _ in rows]
+    steps = pl.cdiv(width, tile.w)
+    if steps > MAX_UNROLLED:
+        return lax.fori_loop(0, steps, step, totals)
+    for i in range(steps):
+        totals = step(i, totals)
+    return totals
+
+
+def _dot(v: jax.Array, x: list[jax.Array], total: jax.Array, mode: Mode) -> jax.Array:
+    """The total with the products of four fields and their activations added somewhere."""
+    if mode != "cuda":
+        for j in range(4):
+            field = ((v >> (2 * j)) & 3).astype(jnp.int32)
+            total = total + field * x[j].astype(jnp.int32)
+        return total
+    (total,) = plgpu.elementwise_inline_asm(
+        _DOT,
+        args=[v, *x, total],
+        constraints=",".join(["=&r"] * 4 + ["r"] * 9),
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(v.shape, jnp.int32)],
+    )
+    return total
