@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fabric_kernels import Packing, TernaryWeight, pack
-from fabric_kernels.ternary_matmul import triton, xla
+from fabric_kernels.ternary_matmul import triton, triton_call, xla
 
 from tests.kernels.linear_problems import Problem, rows_of
 
@@ -239,14 +239,23 @@ def test_lowers_without_a_copy_of_the_stack(platform: str, m: int, packing: Pack
 
 
 def test_no_warning_reaches_strict_callers() -> None:
+    """Not even where a program is lowered later than it was traced."""
+    x, weight = jnp.ones((2, 13), jnp.int8), weight_of(codes_of(3, 13))
+    traced = jax.jit(triton.matmul).trace(x, weight)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        triton.kernels()
-        warnings.warn("The Pallas Triton backend is deprecated", DeprecationWarning, stacklevel=1)
-        with pytest.raises(DeprecationWarning):
-            warnings.warn("something else", DeprecationWarning, stacklevel=1)
-        y = jax.jit(triton.matmul)(jnp.ones((2, 13), jnp.int8), weight_of(codes_of(3, 13)))
-        jax.block_until_ready(y)
+        jax.block_until_ready(traced.lower().compile()(x, weight))
+        with triton_call.without_deprecation():
+            warnings.warn("The Pallas Triton backend is going", DeprecationWarning, stacklevel=1)
+            with pytest.raises(DeprecationWarning, match="something else"):
+                warnings.warn("something else", DeprecationWarning, stacklevel=1)
+
+
+def test_vmap() -> None:
+    x, codes = int8_rows(6, 20), codes_of(5, 20)
+    run = jax.jit(jax.vmap(triton.matmul, in_axes=(0, None)))
+    found = run(jnp.asarray(x).reshape(3, 2, 20), weight_of(codes))
+    np.testing.assert_array_equal(found.reshape(6, 5), exact(x, codes))
 
 
 def test_a_jax_without_pallas_triton(monkeypatch: pytest.MonkeyPatch) -> None:

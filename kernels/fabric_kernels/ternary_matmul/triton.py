@@ -4,22 +4,21 @@ Activations are quantised once for a group of matrices and laid out in planes (`
 which XLA fuses with the quantiser. Fields 0, 1, 2 of a byte enter the products as they are; the -1
 of each code is one subtraction of the sum of a token's codes, exact in int32.
 
-JAX has deprecated this backend in 0.11 and will remove it; its warning is silenced here, and a JAX
-without it gets one clear error when a product is asked for.
+JAX has deprecated this backend in 0.11 and will remove it; its warning goes no further than
+``triton_call``, and a JAX without it gets one clear error when a product is asked for.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE
+from fabric_kernels.ternary_matmul.triton_call import on_platform, without_deprecation
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 if TYPE_CHECKING:
@@ -37,19 +36,12 @@ FLOATS = ("bfloat16", "float16", "float32")
 def kernels() -> "tuple[ModuleType, ModuleType]":
     """The kernels on matrix units and the one for few tokens.
 
-    JAX warns that their backend is deprecated while a program is lowered, when the caller has long
-    left this module: hence one message is ignored rather than a region of code.
-
     Raises:
         NotImplementedError: this JAX has no Pallas Triton.
     """
-    for message in (
-        "The Pallas Triton backend is deprecated",
-        r"jax\.experimental\.pallas\.triton",
-    ):
-        warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
     try:
-        from fabric_kernels.ternary_matmul import triton_few_tokens, triton_kernels
+        with without_deprecation():
+            from fabric_kernels.ternary_matmul import triton_few_tokens, triton_kernels
     except ImportError as error:
         raise NotImplementedError(
             f"jax {jax.__version__} has no Pallas Triton; use implementation xla or mosaic_gpu"
@@ -82,7 +74,7 @@ def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
     planes = _planes(rows, weight, tile)
     call = partial(kernels()[0].product, m=m, tile=tile, packing=weight.packing, dtype=x.dtype)
     packed, _, layer = _stack(weight)
-    return _on_platform(call, planes, packed, layer).reshape(*x.shape[:-1], weight.n)
+    return on_platform(call, planes, packed, layer).reshape(*x.shape[:-1], weight.n)
 
 
 def linear_transposed(
@@ -162,7 +154,7 @@ def _product(
             dtype=dtype,
         )
 
-    return _on_platform(call, planes, packed, layer, quantized)
+    return on_platform(call, planes, packed, layer, quantized)
 
 
 def _few_tokens(
@@ -183,7 +175,7 @@ def _few_tokens(
             planes, packed, layers, m, tile, mode=mode, sums=sums, factors=factors, dtype=dtype
         )
 
-    return _on_platform(call, planes, packed, layers, sums, factors)
+    return on_platform(call, planes, packed, layers, sums, factors)
 
 
 def _transposed(
@@ -213,18 +205,7 @@ def _transposed(
             dtype=dtype,
         )
 
-    return _on_platform(call, rows, packed, layer, scale if scaled else None, before)
-
-
-def _on_platform(call: Callable[..., Any], *args: Any) -> Any:
-    """Interpreted on CPU, with PTX on CUDA; chosen when a program is lowered."""
-    kernels()
-    return lax.platform_dependent(
-        *args,
-        cpu=partial(call, mode="interpret"),
-        cuda=partial(call, mode="cuda"),
-        rocm=partial(call, mode="rocm"),
-    )
+    return on_platform(call, rows, packed, layer, scale if scaled else None, before)
 
 
 def _check_float(x: jax.Array) -> None:

@@ -12,7 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fabric_kernels.ternary_matmul.triton_kernels import Mode, Ref, Tile, scale_at
+from fabric_kernels.ternary_matmul.triton_call import Mode
+from fabric_kernels.ternary_matmul.triton_kernels import Ref, Tile, scale_at
 
 MAX_UNROLLED = 8
 """Vectors of a row whose loads are all in one straight run of code."""

@@ -9,7 +9,7 @@ Every kernel reads a stack [L, N, W] at a layer that it loads itself, so no laye
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.packing import DIGITS_PER_BYTE, Packing
+from fabric_kernels.ternary_matmul.triton_call import Mode
 
 Ref = Any
-Mode = Literal["interpret", "cuda", "rocm"]
-"""What runs a kernel: only ``cuda`` has inline PTX, only ``interpret`` needs no GPU."""
 
 # A field in the low bits of a float's mantissa is base + field; less base + 1 it is the code.
 _HALVES = {
