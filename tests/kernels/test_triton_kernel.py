@@ -1,6 +1,7 @@
 """The Pallas-Triton kernels: interpreted on CPU, compiled where there is a GPU."""
 
 import builtins
+import contextlib
 import sys
 import warnings
 from functools import partial
@@ -171,6 +172,20 @@ def test_stack_at_a_traced_layer(m: int) -> None:
         assert relative(dx[layer], expected) < 5e-3
 
 
+def test_few_tokens_are_quantised_bit_for_bit() -> None:
+    """Ties, rows of many magnitudes, zeros: the codes and scales of ``absmax_quantize``."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((7, 301)) * np.exp2(rng.integers(-30, 30, (7, 1)))
+    x[0] = np.linspace(-127, 127, 301).round() / 2
+    x[1] = 0
+    x = jnp.asarray(x.astype(np.float32)).astype(jnp.bfloat16)
+    eye = weight_of(np.eye(301, dtype=np.int8))
+    eye = TernaryWeight(eye.packed, jnp.float32(1), None, 301)
+    (few,) = jax.jit(triton.linear)(x.astype(jnp.float32), (eye,))
+    (many,) = jax.jit(xla.linear)(x.astype(jnp.float32), (eye,))
+    np.testing.assert_allclose(few, many, rtol=1e-6, atol=0)
+
+
 def test_what_is_not_finite_stays_visible() -> None:
     for m in (4, 20):
         x = float_rows(m, 36, "float32").at[0, 5].set(jnp.nan).at[2, 7].set(-jnp.inf)
@@ -205,14 +220,22 @@ def abstract_weight(n: int, k: int, packing: Packing) -> Any:
     )
 
 
+def imagined(platform: str) -> Any:
+    """From 0.11 on, JAX has to be told of a GPU to lower for, if it has none."""
+    if ON_GPU or jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    kind = "NVIDIA H100 80GB HBM3" if platform == "cuda" else "gfx942"
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device
+    )
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def lowered(function: Any, *arguments: Any, platform: str) -> str:
-    traced = jax.jit(function).trace(*arguments)
-    try:
+    with imagined(platform):
+        traced = jax.jit(function).trace(*arguments)
         return traced.lower(lowering_platforms=(platform,)).as_text()
-    except RuntimeError as error:
-        if "No supported GPU devices found" in str(error):
-            pytest.skip("this jax lowers Triton kernels only where there is a GPU")
-        raise
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -227,7 +250,8 @@ def test_lowers_without_a_copy_of_the_stack(platform: str, m: int, packing: Pack
     forward = lowered(triton.linear, x, weights, platform=platform)
     backward = lowered(triton.linear_transposed, gradients, weights, platform=platform)
     few = m <= triton.FEW_TOKENS and packing == "ternary2"
-    assert forward.count("xla.gpu.triton") == (1 if few else 2)
+    # Few tokens: a quantiser where it rounds as it should, and one product for both.
+    assert forward.count("xla.gpu.triton") == (1 if few and platform == "rocm" else 2)
     assert backward.count("xla.gpu.triton") == 2
     for text in (forward, backward):
         sliced = [line for line in text.splitlines() if "slice" in line and "ui8" in line]

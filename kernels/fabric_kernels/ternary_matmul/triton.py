@@ -1,8 +1,8 @@
 """The portable GPU implementation: Pallas-Triton kernels for NVIDIA and, by lowering, AMD.
 
-Activations are quantised once for a group of matrices and laid out in planes (``triton_kernels``),
-which XLA fuses with the quantiser. Fields 0, 1, 2 of a byte enter the products as they are; the -1
-of each code is one subtraction of the sum of a token's codes, exact in int32.
+Activations are quantised once for a group of matrices and laid out in planes (``triton_kernels``):
+by XLA, or for a few tokens by one kernel. Fields 0, 1, 2 of a byte enter the products as they are;
+the -1 of each code is one subtraction of the sum of a token's codes, exact in int32.
 
 JAX has deprecated this backend in 0.11 and will remove it; its warning goes no further than
 ``triton_call``, and a JAX without it gets one clear error when a product is asked for.
@@ -57,14 +57,14 @@ def linear(x: jax.Array, weights: Sequence[TernaryWeight]) -> tuple[jax.Array, .
 
     Up to ``FEW_TOKENS`` rows and in ``ternary2``, all weights in one launch.
     """
-    codes, act_scale = absmax_quantize(x)
-    return _integer(codes, tuple(weights), act_scale, x.dtype)
+    _check_float(x)
+    return _integer(x, tuple(weights), x.dtype)
 
 
 def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
     """``x[..., k] · codes[n, k]^T``: int32 for int8 ``x``, else in the dtype of ``x``."""
     if x.dtype == jnp.int8:
-        return _integer(x, (weight,), None, jnp.dtype(jnp.int32))[0]
+        return _integer(x, (weight,), jnp.dtype(jnp.int32))[0]
     _check_float(x)
     rows = x.reshape(-1, x.shape[-1])
     m = rows.shape[0]
@@ -103,28 +103,40 @@ def matmul_transposed(g: jax.Array, weight: TernaryWeight) -> jax.Array:
 
 
 def _integer(
-    x: jax.Array,
-    weights: tuple[TernaryWeight, ...],
-    act_scale: jax.Array | None,
-    dtype: jnp.dtype,
+    x: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype
 ) -> tuple[jax.Array, ...]:
-    """Products of int8 codes, exact; over ``act_scale`` and times the scales if there is one."""
+    """Products of int8 codes, exact; of floats, what ``linear`` returns."""
     rows = x.reshape(-1, x.shape[-1])
-    m, width = rows.shape[0], _width(weights[0])
+    m = rows.shape[0]
     if m == 0:
         return tuple(jnp.zeros((*x.shape[:-1], w.n), dtype) for w in weights)
-    factor = None if act_scale is None else 1.0 / act_scale.reshape(-1)
-    few = m <= FEW_TOKENS and weights[0].packing == "ternary2"
-    if few:
-        outputs = _few_tokens(rows, weights, factor, dtype)
+    if m <= FEW_TOKENS and weights[0].packing == "ternary2":
+        outputs = _few_tokens(rows, weights, dtype)
     else:
-        tile = _product_tile(m, min(w.n for w in weights), width, x.dtype)
-        planes = _planes(rows, weights[0], tile)
-        pad = (0, planes.shape[1] - m)
-        sums = jnp.pad(jnp.sum(rows, axis=-1, dtype=jnp.int32), pad)
-        factor = None if factor is None else jnp.pad(factor, pad)
-        outputs = tuple(_product(planes, w, m, tile, sums, factor, dtype) for w in weights)
+        outputs = _many_tokens(rows, weights, dtype)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+
+def _quantized(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Codes [M, K], their sums int32 [M], and what multiplies a token, float32 [M]."""
+    factor = None
+    if rows.dtype != jnp.int8:
+        rows, scale = absmax_quantize(rows)
+        factor = 1.0 / scale[:, 0]
+    return rows, jnp.sum(rows, axis=-1, dtype=jnp.int32), factor
+
+
+def _many_tokens(
+    rows: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype
+) -> tuple[jax.Array, ...]:
+    m = rows.shape[0]
+    rows, sums, factor = _quantized(rows)
+    tile = _product_tile(m, min(w.n for w in weights), _width(weights[0]), rows.dtype)
+    planes = _planes(rows, weights[0], tile)
+    pad = (0, planes.shape[1] - m)
+    sums = jnp.pad(sums, pad)
+    factor = None if factor is None else jnp.pad(factor, pad)
+    return tuple(_product(planes, w, m, tile, sums, factor, dtype) for w in weights)
 
 
 def _product(
@@ -158,24 +170,25 @@ def _product(
 
 
 def _few_tokens(
-    rows: jax.Array,
-    weights: tuple[TernaryWeight, ...],
-    factor: jax.Array | None,
-    dtype: jnp.dtype,
+    rows: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype
 ) -> tuple[jax.Array, ...]:
-    m = rows.shape[0]
-    tile = _row_tile(m, _width(weights[0]))
-    planes = _planes(rows, weights[0], tile)
+    m, width = rows.shape[0], _width(weights[0])
+    tile = _row_tile(m, width)
     packed, scales, layers = zip(*(_stack(w) for w in weights), strict=True)
-    factors = None if factor is None else (factor, scales)
-    sums = jnp.sum(rows, axis=-1, dtype=jnp.int32)
 
-    def call(planes: Any, packed: Any, layers: Any, sums: Any, factors: Any, *, mode: Any) -> Any:
-        return kernels()[1].few_tokens(
+    def call(rows: jax.Array, packed: Any, layers: Any, scales: Any, *, mode: Any) -> Any:
+        few = kernels()[1]
+        if rows.dtype == jnp.int8 or mode == "rocm":
+            codes, sums, factor = _quantized(rows)
+            planes = _planes(codes, weights[0], tile)
+        else:
+            planes, sums, factor = few.quantize(rows, width + -width % tile.w, mode=mode)
+        factors = None if factor is None else (factor, scales)
+        return few.few_tokens(
             planes, packed, layers, m, tile, mode=mode, sums=sums, factors=factors, dtype=dtype
         )
 
-    return on_platform(call, planes, packed, layers, sums, factors)
+    return on_platform(call, rows, packed, layers, scales)
 
 
 def _transposed(
@@ -267,7 +280,7 @@ def _product_tile(m: int, n: int, width: int, dtype: jnp.dtype) -> "Tile":
 def _row_tile(m: int, width: int) -> "Tile":
     """16 bytes a thread, and few enough sums for its registers."""
     warps = 1
-    while warps < 8 and -(-width // (512 * warps)) > 8:
+    while warps < 8 and -(-width // (512 * warps)) > 3:
         warps *= 2
     rows = 4 if m <= 2 else 2 if m <= 4 else 1
     return kernels()[0].Tile(m=1, n=rows, w=512 * warps, warps=warps, stages=1)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from fabric_kernels.absmax import EPSILON
 from fabric_kernels.ternary_matmul.triton_call import Mode
 from fabric_kernels.ternary_matmul.triton_kernels import Ref, Tile, scale_at
 
@@ -152,3 +153,76 @@ def _dot(v: jax.Array, x: list[jax.Array], total: jax.Array, mode: Mode) -> jax.
         result_shape_dtypes=[jax.ShapeDtypeStruct(v.shape, jnp.int32)],
     )
     return total
+
+
+def quantize(x: jax.Array, width: int, *, mode: Mode) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``absmax_quantize`` of few tokens with all that ``few_tokens`` needs, in one launch.
+
+    Args:
+        x: floats [M, K].
+        width: bytes of a row, filled up to whole tiles.
+        mode: what runs it; not ``rocm``, where nothing rounds as exactly.
+
+    Returns:
+        Planes int8 [4, M, width], zeros past K; sums of a token's codes, int32 [M]; and what
+        multiplies a token, float32 [M].
+    """
+    m, k = x.shape
+    block = 1 << (4 * width - 1).bit_length()
+
+    def kernel(x_ref: Ref, planes: Ref, sums: Ref, factors: Ref) -> None:
+        token = pl.program_id(0)
+        at = lax.iota(jnp.int32, block)
+        x = plgpu.load(x_ref.at[token, at], mask=at < k, other=jnp.zeros((), x_ref.dtype))
+        x = x.astype(jnp.float32)
+        largest = jnp.maximum(jnp.max(jnp.abs(x)), EPSILON)
+        scale = _reciprocal(largest, mode) * 127.0
+        codes = jnp.clip(_round_product(x, scale, mode), -128, 127)
+        sums[token] = jnp.sum(codes)
+        # The largest of a row leaves out what is not a number: it becomes visible here.
+        factors[token] = _reciprocal(scale, mode) + jnp.sum(x * 0.0)
+        plgpu.store(
+            planes.at[at & 3, jnp.full((block,), token), at >> 2],
+            codes.astype(jnp.int8),
+            mask=at < 4 * width,
+        )
+
+    shapes = (((4, m, width), jnp.int8), ((m,), jnp.int32), ((m,), jnp.float32))
+    planes, sums, factors = pl.pallas_call(
+        kernel,
+        out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
+        grid=(m,),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        interpret=mode == "interpret",
+        name="ternary_quantize",
+    )(x)
+    return planes, sums, factors
+
+
+def _reciprocal(x: jax.Array, mode: Mode) -> jax.Array:
+    """1/x, correctly rounded: Triton's own division isn't."""
+    if mode != "cuda":
+        return 1.0 / x
+    # Triton's inline PTX is for vectors: one of equal numbers.
+    (vector,) = plgpu.elementwise_inline_asm(
+        "rcp.rn.f32 $0, $1;",
+        args=[jnp.full((32,), x)],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct((32,), jnp.float32)],
+    )
+    return jnp.max(vector)
+
+
+def _round_product(x: jax.Array, scale: jax.Array, mode: Mode) -> jax.Array:
+    """``rint(x · scale)`` as int32, each step rounded by itself; 0 for what is not a number."""
+    if mode != "cuda":
+        product = x * scale
+        return jnp.where(jnp.isnan(product), 0.0, jnp.rint(product)).astype(jnp.int32)
+    return plgpu.elementwise_inline_asm(
+        "{ .reg .f32 t; mul.rn.f32 t, $1, $2; cvt.rni.s32.f32 $0, t; }",
+        args=[x, jnp.full(x.shape, scale)],
+        constraints="=r,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int32)],
+    )[0]
