@@ -60,6 +60,13 @@ def test_integers_are_exact(m: int, n: int, k: int, packing: Packing) -> None:
     np.testing.assert_array_equal(found, exact(x, codes))
 
 
+def test_long_rows_in_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.kernels()[1], "MAX_UNROLLED", 1)
+    x, codes = int8_rows(2, 2100), codes_of(5, 2100)
+    found = jax.jit(triton.matmul)(jnp.asarray(x), weight_of(codes))
+    np.testing.assert_array_equal(found, exact(x, codes))
+
+
 @pytest.mark.parametrize("m", [1, 20])
 @pytest.mark.parametrize("value", [-128, 127])
 def test_extreme_codes(m: int, value: int) -> None:

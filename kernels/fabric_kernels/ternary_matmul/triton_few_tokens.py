@@ -4,6 +4,7 @@ No matrix units: four bytes of weights and of each plane of activations are word
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,46 +63,11 @@ def few_tokens(
     Returns:
         [m, N] each.
     """
-    count = len(packed)
     programs = [pl.cdiv(p.shape[1], tile.n) for p in packed]
-
-    def kernel(x: Ref, sums: Ref, *rest: Ref) -> None:
-        refs, out = rest[:-count], rest[-count:]
-        token_factor = refs[2 * count] if factors else None
-        program = pl.program_id(0)
-        start = 0
-        for g in range(count):
-            first, past = start, start + programs[g]
-            start = past
-            scale = refs[2 * count + 1 + g] if factors else None
-
-            def rows(g: int = g, first: int = first, scale: Ref = scale) -> None:
-                row = (program - first) * tile.n
-                _rows(x, sums, refs[g], refs[count + g], token_factor, scale, out[g], row)
-
-            if count == 1:
-                rows()
-            else:
-                pl.when((program >= first) & (program < past))(rows)
-
-    def _rows(
-        x: Ref, sums: Ref, layer: Ref, v: Ref, token_factor: Ref, scale: Ref, out: Ref, row: Any
-    ) -> None:
-        index = layer[0]
-        # Rows past the end are the last one over again.
-        rows = [jnp.minimum(row + r, out.shape[1] - 1) for r in range(tile.n)]
-        totals = _row_sums(x, v, index, rows, m, tile, mode)
-        for t in range(m):
-            for r in range(tile.n):
-                y = jnp.sum(totals[r][t]) - sums[t]
-                if token_factor is not None:
-                    y = y.astype(jnp.float32) * (token_factor[t] * scale_at(scale, index))
-                out[t, rows[r]] = y.astype(dtype)
-
     scaled = (factors[0], *factors[1]) if factors else ()
     return tuple(
         pl.pallas_call(
-            kernel,
+            partial(_rows_of_group, programs=programs, m=m, tile=tile, mode=mode),
             out_shape=[jax.ShapeDtypeStruct((m, p.shape[1]), dtype) for p in packed],
             grid=(sum(programs),),
             compiler_params=tile.params(),
@@ -109,6 +75,62 @@ def few_tokens(
             name="ternary_few_tokens",
         )(planes, sums, *layers, *packed, *scaled)
     )
+
+
+def _rows_of_group(
+    x: Ref, sums: Ref, *rest: Ref, programs: list[int], m: int, tile: Tile, mode: Mode
+) -> None:
+    """One program of ``few_tokens``: finds its matrix, which comes after those before it."""
+    count = len(programs)
+    refs, outputs = rest[:-count], rest[-count:]
+    factors = refs[2 * count :]
+    program = pl.program_id(0)
+    start = 0
+    for g, (length, out) in enumerate(zip(programs, outputs, strict=True)):
+        run = partial(
+            _rows,
+            x,
+            sums,
+            refs[g],
+            refs[count + g],
+            (factors[0], factors[1 + g]) if factors else None,
+            out,
+            (program - start) * tile.n,
+            m=m,
+            tile=tile,
+            mode=mode,
+        )
+        if count == 1:
+            run()
+        else:
+            pl.when((program >= start) & (program < start + length))(run)
+        start += length
+
+
+def _rows(
+    x: Ref,
+    sums: Ref,
+    layer: Ref,
+    packed: Ref,
+    factors: tuple[Ref, Ref] | None,
+    out: Ref,
+    row: jax.Array,
+    *,
+    m: int,
+    tile: Tile,
+    mode: Mode,
+) -> None:
+    """All tokens by tile.n rows of a matrix."""
+    index = layer[0]
+    # Rows past the end are the last one over again.
+    rows = [jnp.minimum(row + r, out.shape[1] - 1) for r in range(tile.n)]
+    totals = _row_sums(x, packed, index, rows, m, tile, mode)
+    for t in range(m):
+        for r in range(tile.n):
+            y = jnp.sum(totals[r][t]) - sums[t]
+            if factors is not None:
+                y = y.astype(jnp.float32) * (factors[0][t] * scale_at(factors[1], index))
+            out[t, rows[r]] = y.astype(out.dtype)
 
 
 def _row_sums(

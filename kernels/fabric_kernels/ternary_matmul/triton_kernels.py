@@ -9,6 +9,7 @@ Every kernel reads a stack [L, N, W] at a layer that it loads itself, so no laye
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fabric_kernels.packing import DIGITS_PER_BYTE, Packing
+from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE, Packing
 from fabric_kernels.ternary_matmul.triton_call import Mode
 
 Ref = Any
@@ -57,7 +58,7 @@ def _planes(packed: jax.Array, dtype: jnp.dtype, packing: Packing, mode: Mode) -
             for j in range(4)
         ]
     if packing == "ternary2":
-        fields = [(packed >> (2 * j)) & 3 for j in range(4)]
+        fields = [(packed >> (2 * j)) & 3 for j in range(CODES_PER_BYTE)]
     else:
         powers = [packed * jnp.uint8(3**j) for j in range(DIGITS_PER_BYTE)]
         fields = [(power.astype(jnp.int32) * 3) >> 8 for power in powers]
@@ -162,40 +163,42 @@ def product(
         [m, N].
     """
     n = packed.shape[1]
-    integer = planes.dtype == jnp.int8
-    accumulate = jnp.int32 if integer else jnp.float32
-
-    def kernel(layer_ref: Ref, packed_ref: Ref, x_ref: Ref, *rest: Ref) -> None:
-        *extra, out = rest
-        row, token = pl.program_id(0) * tile.n, pl.program_id(1) * tile.m
-        index = layer_ref[0]
-
-        def step(i: jax.Array, total: jax.Array) -> jax.Array:
-            at = i * tile.w
-            v = _load_packed(packed_ref, index, tile, row, at)
-            for j, codes in enumerate(_planes(v, planes.dtype, packing, mode)):
-                x = x_ref[j, pl.ds(token, tile.m), pl.ds(at, tile.w)]
-                total = total + _contract_last(codes, x, accumulate)
-            return total
-
-        # The weights are the left operand: it may stay in registers, where it is unpacked.
-        zero = jnp.zeros((tile.n, tile.m), accumulate)
-        total = lax.fori_loop(0, planes.shape[2] // tile.w, step, zero)
-        if extra:
-            total = total - extra[0][pl.ds(token, tile.m)][None, :]
-        if len(extra) > 1:
-            factor = extra[1][pl.ds(token, tile.m)] * scale_at(extra[2], index)
-            total = total.astype(jnp.float32) * factor[None, :]
-        _store(out, total.astype(dtype).T, token, row)
-
     return pl.pallas_call(
-        kernel,
+        partial(_product_tile, tile=tile, packing=packing, mode=mode),
         out_shape=jax.ShapeDtypeStruct((m, n), dtype),
         grid=(pl.cdiv(n, tile.n), planes.shape[1] // tile.m),
         compiler_params=tile.params(),
         interpret=mode == "interpret",
         name="ternary_product",
     )(layer, packed, planes, *(quantized or ()))
+
+
+def _product_tile(
+    layer: Ref, packed: Ref, x: Ref, *rest: Ref, tile: Tile, packing: Packing, mode: Mode
+) -> None:
+    """One program of ``product``; the rest are what ``quantized`` holds, and the result."""
+    *quantized, out = rest
+    row, token = pl.program_id(0) * tile.n, pl.program_id(1) * tile.m
+    tokens = pl.ds(token, tile.m)
+    index = layer[0]
+    accumulate = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+
+    def step(i: jax.Array, total: jax.Array) -> jax.Array:
+        at = i * tile.w
+        v = _load_packed(packed, index, tile, row, at)
+        for j, codes in enumerate(_planes(v, x.dtype, packing, mode)):
+            # The weights are the left operand: it may stay in registers, where it is unpacked.
+            total = total + _contract_last(codes, x[j, tokens, pl.ds(at, tile.w)], accumulate)
+        return total
+
+    zero = jnp.zeros((tile.n, tile.m), accumulate)
+    total = lax.fori_loop(0, x.shape[2] // tile.w, step, zero)
+    if quantized:
+        total = total - quantized[0][tokens][None, :]
+    if len(quantized) > 1:
+        factor = quantized[1][tokens] * scale_at(quantized[2], index)
+        total = total.astype(jnp.float32) * factor[None, :]
+    _store(out, total.astype(out.dtype).T, token, row)
 
 
 def _contract_last(a: jax.Array, b: jax.Array, accumulate: Any) -> jax.Array:
@@ -241,43 +244,54 @@ def transposed(
     Returns:
         [m, k].
     """
-    width = packed.shape[2]
-
-    def kernel(layer_ref: Ref, packed_ref: Ref, g_ref: Ref, *rest: Ref) -> None:
-        extra, out = list(rest[:-1]), rest[-1]
-        column, token = pl.program_id(0) * tile.w, pl.program_id(1) * tile.m
-        index = layer_ref[0]
-
-        def step(i: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
-            at = i * tile.n
-            part = g_ref[pl.ds(token, tile.m), pl.ds(at, tile.n)]
-            v = _load_packed(packed_ref, index, tile, at, column)
-            return [
-                total + _contract_rows(part, codes)
-                for total, codes in zip(totals, _planes(v, g.dtype, packing, mode), strict=True)
-            ]
-
-        planes = 4 if packing == "ternary2" else DIGITS_PER_BYTE
-        zero = [jnp.zeros((tile.m, tile.w), jnp.float32)] * planes
-        totals = lax.fori_loop(0, g.shape[1] // tile.n, step, zero)
-        factor = scale_at(extra.pop(0), index) if scale is not None else None
-        for value, at, limit in _columns(totals, column, width, packing):
-            y = value if factor is None else value * factor
-            if extra:
-                where = extra[0].at[pl.ds(token, y.shape[0]), pl.ds(at, y.shape[1])]
-                y = y + plgpu.load(
-                    where, mask=_inside(out, y.shape, token, at, limit), other=jnp.float32(0)
-                )
-            _store(out, y.astype(dtype), token, at, limit)
-
+    kernel = partial(
+        _transposed_tile, tile=tile, packing=packing, mode=mode, scaled=scale is not None
+    )
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(pl.cdiv(width, tile.w), g.shape[0] // tile.m),
+        grid=(pl.cdiv(packed.shape[2], tile.w), g.shape[0] // tile.m),
         compiler_params=tile.params(),
         interpret=mode == "interpret",
         name="ternary_transposed",
     )(layer, packed, g, *[extra for extra in (scale, before) if extra is not None])
+
+
+def _transposed_tile(
+    layer: Ref,
+    packed: Ref,
+    g: Ref,
+    *rest: Ref,
+    tile: Tile,
+    packing: Packing,
+    mode: Mode,
+    scaled: bool,
+) -> None:
+    """One program of ``transposed``; the rest are scale, what was before, and the result."""
+    extra, out = list(rest[:-1]), rest[-1]
+    column, token = pl.program_id(0) * tile.w, pl.program_id(1) * tile.m
+    index = layer[0]
+
+    def step(i: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
+        at = i * tile.n
+        part = g[pl.ds(token, tile.m), pl.ds(at, tile.n)]
+        v = _load_packed(packed, index, tile, at, column)
+        planes = _planes(v, g.dtype, packing, mode)
+        return [
+            total + _contract_rows(part, codes) for total, codes in zip(totals, planes, strict=True)
+        ]
+
+    count = CODES_PER_BYTE if packing == "ternary2" else DIGITS_PER_BYTE
+    zero = [jnp.zeros((tile.m, tile.w), jnp.float32)] * count
+    totals = lax.fori_loop(0, g.shape[1] // tile.n, step, zero)
+    factor = scale_at(extra.pop(0), index) if scaled else None
+    for value, at, limit in _columns(totals, column, packed.shape[2], packing):
+        y = value if factor is None else value * factor
+        if extra:
+            where = extra[0].at[pl.ds(token, y.shape[0]), pl.ds(at, y.shape[1])]
+            mask = _inside(out, y.shape, token, at, limit)
+            y = y + plgpu.load(where, mask=mask, other=jnp.float32(0))
+        _store(out, y.astype(out.dtype), token, at, limit)
 
 
 def _contract_rows(a: jax.Array, b: jax.Array) -> jax.Array:
