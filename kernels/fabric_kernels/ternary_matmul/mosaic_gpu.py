@@ -1,23 +1,19 @@
 """W2A8 products on Hopper's int8 tensor cores, weights unpacked in registers (Pallas Mosaic GPU).
 
-The roles are swapped: ``y^T[N, M] = u[N, K] · x[M, K]^T``, where u = code + 1 is what the bytes of
-``ternary2`` hold. wgmma takes its first operand from registers, so the packed bytes go from shared
-memory to registers, where a shift and a mask make four weights at a time, and unpacked weights are
-never stored. The second operand, the tokens, comes from shared memory in rows of k. The offset is
-taken off at the end, exactly: ``y = u · x - sum_k x``.
+The roles are swapped, ``y^T[N, M] = codes[N, K] · x[M, K]^T``: wgmma takes its first operand from
+registers, so packed bytes go from shared memory to registers and become int8 codes there, and
+unpacked weights are never stored. The second operand, the tokens, comes from shared memory in rows
+of k, as the quantiser wrote them: no permutation, and no offset to take off.
 
-The order of k is free so long as both operands agree, and the activations are the ones permuted,
-once a product (``_permuted``): a 16-byte group of weights, 64 codes, is multiplied as its four
-planes of two bits, each the 16 columns that one register of a fragment holds.
-
-Source of the design: the wgmma fragments of PTX ISA 9.7.15 (m64n256k32, .s8) and the published
-kernels with weights as the register operand (Marlin's successors; tokamax's quantised ragged dot).
+One warpgroup copies, the others unpack and multiply: while one of them unpacks, the products of the
+other run. Layouts of fragments: PTX ISA 9.7.15.5, wgmma m64nNk32 of .s8. Weights as the register
+operand: the idea of the mixed-type kernels for this chip (Machete; JAX's and tokamax's).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fabric_kernels.absmax import absmax_quantize
-from fabric_kernels.packing import CODES_PER_BYTE
+from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
+from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_codes
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
-GROUP_BYTES = 16
-"""Bytes of a group: the columns of one fragment register across four lanes, and TMA's alignment."""
-GROUP_CODES = GROUP_BYTES * CODES_PER_BYTE
 ROWS = 64
 """Outputs (rows of the first operand) of one wgmma."""
 SWIZZLE = 128
@@ -40,7 +34,6 @@ PIECE_BYTES = SWIZZLE // CODES_PER_BYTE
 """Packed bytes that a wgmma call takes of a row."""
 TILE_ROWS = 8
 """Of a swizzled tile of shared memory; what it is copied from or to has whole tiles."""
-EPILOGUE_TOKENS = 64
 MEMORY_REGISTERS = 40
 MULTIPROCESSORS = 132
 """Of an H100 SXM and an H200. Any number is correct: a block takes tiles until none are left."""
@@ -55,8 +48,9 @@ class Tiles:
         outputs: of a warpgroup; a multiple of 64.
         warpgroups: that compute; each has its own outputs and all share the tokens.
         codes: of k in a pipeline step; a multiple of 128.
-        stages: pipeline steps in shared memory.
-        behind: steps whose products may still run when the next one is unpacked.
+        stages: pipeline steps in shared memory, beside what the epilogue stores from.
+        store: tokens that the epilogue stores at a time.
+        slots: such stores in shared memory, of four bytes an output; twice as many of two bytes.
     """
 
     tokens: int
@@ -64,7 +58,8 @@ class Tiles:
     warpgroups: int = 2
     codes: int = 256
     stages: int = 3
-    behind: int = 0
+    store: int = 64
+    slots: int = 1
 
     @property
     def width(self) -> int:
@@ -77,10 +72,13 @@ class Tiles:
         return self.codes // CODES_PER_BYTE
 
 
+LARGE = Tiles(128, outputs=128, stages=4, store=32)
+
+
 def choose_tiles(m: int, n: int) -> Tiles:
-    """The largest tiles that still give every multiprocessor one."""
-    for tiles in (Tiles(256, codes=128, stages=5), Tiles(128, stages=4), Tiles(64, stages=7)):
-        if pl.cdiv(m, tiles.tokens) * pl.cdiv(n, tiles.width) >= MULTIPROCESSORS:
+    """The largest tiles that still give nearly every multiprocessor one."""
+    for tiles in (LARGE, Tiles(128, stages=4), Tiles(64, stages=7)):
+        if pl.cdiv(m, tiles.tokens) * pl.cdiv(n, tiles.width) >= MULTIPROCESSORS * 3 // 4:
             return tiles
     return Tiles(64, warpgroups=1, stages=8)
 
@@ -129,11 +127,9 @@ def _product(
     packed, layer = _aligned(weight, tiles)
     rows = max(tiles.tokens, _up(m, TILE_ROWS))
     x = jnp.pad(x, ((0, rows - m), (0, CODES_PER_BYTE * packed.shape[2] - x.shape[1])))
-    covered = _up(rows, tiles.tokens)
-    offset = _padded(jnp.sum(x, axis=1, dtype=jnp.int32), covered)
-    operands = [layer, packed, _permuted(x), offset]
+    operands = [layer, packed, x]
     if factor is not None:
-        operands.append(_padded(factor, covered))
+        operands.append(jnp.pad(factor, (0, _up(rows, tiles.tokens) - m)))
     outputs = _up(packed.shape[1], SWIZZLE // dtype.itemsize)
     call = _call(tiles, (rows, outputs), dtype, factor is not None, interpret)
     return call(*operands)[:m, :n]
@@ -141,16 +137,6 @@ def _product(
 
 def _up(size: int, multiple: int) -> int:
     return pl.cdiv(size, multiple) * multiple
-
-
-def _padded(values: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(values, (0, length - values.shape[0]))
-
-
-def _permuted(x: jax.Array) -> jax.Array:
-    """[M, K] with the four planes of each group of 64 codes one after another."""
-    groups = x.reshape(x.shape[0], -1, GROUP_BYTES, CODES_PER_BYTE)
-    return groups.swapaxes(2, 3).reshape(x.shape)
 
 
 def _aligned(weight: TernaryWeight, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
@@ -174,11 +160,10 @@ def _aligned(weight: TernaryWeight, tiles: Tiles) -> tuple[jax.Array, jax.Array]
 def _call(
     tiles: Tiles, shape: tuple[int, int], dtype: jnp.dtype, scaled: bool, interpret: Any
 ) -> Callable[..., jax.Array]:
-    """The kernel as a function of layer, stack, permuted activations, offsets and factors."""
+    """The kernel as a function of layer, stack, activations and, if ``scaled``, factors."""
     blocks = pl.cdiv(shape[0], tiles.tokens) * pl.cdiv(shape[1], tiles.width)
-    # A slot more than one, where there is the memory, lets a store run while the next one is made.
-    slots = 1 if dtype.itemsize == 4 else min(2, tiles.tokens // EPILOGUE_TOKENS)
-    out_shape = (tiles.warpgroups, slots, EPILOGUE_TOKENS, tiles.outputs)
+    slots = tiles.slots * 4 // dtype.itemsize
+    out_shape = (tiles.warpgroups, slots, tiles.store, tiles.outputs)
     scratch = [plgpu.SMEM(out_shape, dtype, transforms=_transforms(SWIZZLE, dtype.itemsize))]
     options: dict[str, Any] = {}
     if interpret:
@@ -210,7 +195,7 @@ def _transforms(swizzle: int, itemsize: int) -> tuple[Any, ...]:
 def _kernel(tiles: Tiles, scaled: bool, *refs: Any) -> None:
     """Every block: its tiles of the output in turn, each a pipeline over k and an epilogue."""
     layer_ref, packed_ref, x_ref = refs[:3]
-    vectors, (out_ref, out_smem, *stand_ins) = refs[3 : 4 + scaled], refs[4 + scaled :]
+    factors, (out_ref, out_smem, *stand_ins) = refs[3 : 3 + scaled], refs[3 + scaled :]
     (m, n), steps = out_ref.shape, pl.cdiv(packed_ref.shape[2], tiles.bytes)
     columns = pl.cdiv(n, tiles.width)
     pipeline = partial(_pipeline, tiles, steps, stand_ins)
@@ -230,11 +215,14 @@ def _kernel(tiles: Tiles, scaled: bool, *refs: Any) -> None:
             token = lax.div(index, columns) * tiles.tokens
             output = lax.rem(index, columns) * tiles.width
             epilogue = partial(
-                _epilogue, tiles, bool(stand_ins), token, output, vectors, out_ref, out_smem
+                _epilogue, tiles, bool(stand_ins), token, output, factors, out_ref, out_smem
             )
 
             def compute(run: Callable[[Any], Any]) -> None:
-                @partial(pl.run_scoped, acc_ref=plgpu.ACC((tiles.outputs, tiles.tokens), jnp.int32))
+                @partial(
+                    pl.run_scoped,
+                    acc_ref=plgpu.WGMMAAccumulatorRef((tiles.outputs, tiles.tokens), jnp.int32),
+                )
                 def _(acc_ref: Any) -> None:
                     run(acc_ref)
                     epilogue(acc_ref[...])
@@ -263,7 +251,9 @@ def _pipeline(
                 _interpreted_product(acc_ref, packed, codes[...], *mine)
             else:
                 plgpu.wgmma(acc_ref, _unpack(packed), plgpu.transpose_ref(codes, (1, 0)))
-        plgpu.wgmma_wait(tiles.behind)
+        # Registers of an operand may not be written before its product is done: each piece of a
+        # step has its own, and the next step waits.
+        plgpu.wgmma_wait(0)
         return acc_ref
 
     return plgpu.emit_pipeline_warp_specialized(
@@ -275,13 +265,11 @@ def _pipeline(
                 (tiles.width, tiles.bytes),
                 lambda k: (0, k),
                 transforms=_transforms(PIECE_BYTES, 1),
-                delay_release=tiles.behind,
             ),
             plgpu.BlockSpec(
                 (tiles.tokens, tiles.codes),
                 lambda k: (0, k),
                 transforms=_transforms(SWIZZLE, 1),
-                delay_release=tiles.behind,
             ),
         ],
         wg_axis="warpgroup",
@@ -292,55 +280,24 @@ def _pipeline(
 
 
 def _unpack(packed: jax.Array) -> jax.Array:
-    """uint8 [R, B] to int8 [R, 4 B] in a wgmma fragment, plane after plane of each 16 columns.
-
-    A register holds four bytes of a row in both layouts, so a plane of a register is a register:
-    one shift and one mask of a 32-bit word.
-    """
+    """uint8 [R, B] to the int8 codes [R, 4 B], both in the layout of a wgmma fragment."""
     layout = plgpu.Layout.WGMMA_8BIT
     shape = (packed.shape[0], packed.shape[1] * CODES_PER_BYTE)
 
     @plgpu.inline_mgpu(
         arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout)
     )
-    def planes(_: Any, fragment: Any) -> Any:
-        return _fragment_planes(fragment, shape)
+    def codes(_: Any, fragment: Any) -> Any:
+        return fragment_codes(fragment, shape)
 
-    return planes(packed)
-
-
-def _fragment_planes(fragment: Any, shape: tuple[int, int]) -> Any:
-    # Imported here: these are of the compiler, and not on every platform that imports this module.
-    import numpy as np
-    from jax.experimental.mosaic import gpu as mgpu
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, vector
-
-    word = ir.IntegerType.get_signless(32)
-    words = ir.VectorType.get((1,), word)
-
-    def constant(value: int) -> Any:
-        return arith.constant(word, ir.IntegerAttr.get(word, value))
-
-    registers = np.empty(fragment.layout.registers_shape(shape), dtype=object)
-    for index, register in np.ndenumerate(fragment.registers):
-        four = vector.extract(vector.bitcast(words, register), [], [0])
-        for plane in range(CODES_PER_BYTE):
-            shifted = arith.shrui(four, constant(2 * plane)) if plane else four
-            codes = vector.broadcast(words, arith.andi(shifted, constant(0x03030303)))
-            column = CODES_PER_BYTE * index[1] + plane
-            registers[(index[0], column, *index[2:])] = vector.bitcast(register.type, codes)
-    return mgpu.FragmentedArray(_registers=registers, _layout=fragment.layout, _is_signed=True)
+    return cast("Callable[[jax.Array], jax.Array]", codes)(packed)
 
 
 def _interpreted_product(
     acc_ref: Any, packed: jax.Array, codes: jax.Array, unpacked_smem: Any, codes_smem: Any
 ) -> None:
     """The product of what ``_unpack`` makes; interpret mode takes whole references only."""
-    groups = packed.reshape(packed.shape[0], -1, 1, GROUP_BYTES)
-    planes = [(groups >> (2 * plane)) & 3 for plane in range(CODES_PER_BYTE)]
-    unpacked = jnp.concatenate(planes, axis=2).reshape(packed.shape[0], -1)
-    unpacked_smem[...] = unpacked.astype(jnp.int8)
+    unpacked_smem[...] = unpack_ternary2(packed, packed.shape[1] * CODES_PER_BYTE)
     codes_smem[...] = codes.T
     plgpu.wgmma(acc_ref, unpacked_smem, codes_smem)
 
@@ -350,22 +307,20 @@ def _epilogue(
     interpret: bool,
     token: jax.Array,
     output: jax.Array,
-    vectors: Sequence[Any],
+    factors: Sequence[Any],
     out_ref: Any,
     out_smem: Any,
     acc: jax.Array,
 ) -> None:
-    """Takes the offsets off ``acc`` int32 [outputs, tokens], scales and writes it, transposed."""
-    warpgroup = lax.axis_index("warpgroup")
-    slots = out_smem.shape[1]
-    for part in range(tiles.tokens // EPILOGUE_TOKENS):
-        first = part * EPILOGUE_TOKENS
-        tokens = pl.ds(token + first, EPILOGUE_TOKENS)
-        values = acc[:, first : first + EPILOGUE_TOKENS]
-        offset, *factor = [_of_tokens(ref.at[tokens], values.shape, interpret) for ref in vectors]
-        values = values - offset
-        if factor:
-            values = values.astype(jnp.float32) * factor[0]
+    """Scales ``acc`` int32 [outputs, tokens] and writes it, transposed."""
+    warpgroup, slots = lax.axis_index("warpgroup"), out_smem.shape[1]
+    for part in range(tiles.tokens // tiles.store):
+        first = part * tiles.store
+        tokens = pl.ds(token + first, tiles.store)
+        values = acc[:, first : first + tiles.store]
+        for ref in factors:
+            factor = _of_tokens(ref.at[tokens], values.shape, interpret)
+            values = values.astype(jnp.float32) * factor
         values = values.astype(out_ref.dtype)
         slot = out_smem.at[warpgroup, part % slots]
         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
