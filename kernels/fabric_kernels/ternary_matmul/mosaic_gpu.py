@@ -1,0 +1,343 @@
+"""W2A8 products on Hopper's int8 tensor cores, weights unpacked in registers (Pallas Mosaic GPU).
+
+The roles are swapped, ``y^T[N, M] = codes[N, K] · x[M, K]^T``: wgmma takes its first operand from
+registers, so packed bytes go from shared memory to registers and become int8 codes there, and
+unpacked weights are never stored. The second operand, the tokens, comes from shared memory in rows
+of k, as the quantiser wrote them: no permutation, and no offset to take off.
+
+One warpgroup copies, the others unpack and multiply: while one of them unpacks, the products of the
+other run. Layouts of fragments: PTX ISA 9.7.15.5, wgmma m64nNk32 of .s8. Weights as the register
+operand: the idea of the mixed-type kernels for this chip (Machete; JAX's and tokamax's).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fabric_kernels.absmax import absmax_quantize
+from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
+from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_codes
+from fabric_kernels.ternary_matmul.weight import TernaryWeight
+
+ROWS = 64
+"""Outputs (rows of the first operand) of one wgmma."""
+SWIZZLE = 128
+"""Bytes of a swizzled row of shared memory: activation codes a wgmma call takes at least."""
+PIECE_BYTES = SWIZZLE // CODES_PER_BYTE
+"""Packed bytes that a wgmma call takes of a row."""
+TILE_ROWS = 8
+"""Of a swizzled tile of shared memory; what it is copied from or to has whole tiles."""
+MEMORY_REGISTERS = 40
+MULTIPROCESSORS = 132
+"""Of an H100 SXM and an H200. Any number is correct: a block takes tiles until none are left."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut up.
+
+    Attributes:
+        tokens: of a block; a multiple of 64, at most 256.
+        outputs: of a warpgroup; a multiple of 64.
+        warpgroups: that compute; each has its own outputs and all share the tokens.
+        codes: of k in a pipeline step; a multiple of 128.
+        stages: pipeline steps in shared memory, beside what the epilogue stores from.
+        store: tokens that the epilogue stores at a time.
+        slots: such stores in shared memory, of four bytes an output; twice as many of two bytes.
+    """
+
+    tokens: int
+    outputs: int = ROWS
+    warpgroups: int = 2
+    codes: int = 256
+    stages: int = 3
+    store: int = 64
+    slots: int = 1
+
+    @property
+    def width(self) -> int:
+        """Outputs of a block."""
+        return self.outputs * self.warpgroups
+
+    @property
+    def bytes(self) -> int:
+        """Packed bytes of a row in a step."""
+        return self.codes // CODES_PER_BYTE
+
+
+def choose_tiles(m: int, n: int) -> Tiles:
+    """The largest tiles that still give nearly every multiprocessor one.
+
+    Many tokens to a block share the work of unpacking: of the tiles measured on an H100, the first
+    were the fastest at 1024 and 8192 tokens, the last at 128 (jax 0.11.2, CUDA 13).
+    """
+    for tiles in (Tiles(256, stages=3, store=16), Tiles(128, stages=4)):
+        if pl.cdiv(m, tiles.tokens) * pl.cdiv(n, tiles.width) >= MULTIPROCESSORS * 3 // 4:
+            return tiles
+    return Tiles(64, warpgroups=1, stages=8)
+
+
+def matmul(x: jax.Array, weight: TernaryWeight, *, interpret: Any = None) -> jax.Array:
+    """``x[..., k] · codes[n, k]^T`` of int8 ``x``, exact in int32."""
+    rows = x.reshape(-1, weight.k)
+    y = _product(rows, weight, None, jnp.dtype(jnp.int32), interpret=interpret)
+    return y.reshape(*x.shape[:-1], weight.n)
+
+
+def linear(
+    x: jax.Array, weights: Sequence[TernaryWeight], *, interpret: Any = None
+) -> tuple[jax.Array, ...]:
+    """``scale · (q(x) · codes^T)`` for each weight, in the dtype of ``x``.
+
+    Exact int32 sums are multiplied once in float32, by ``scale / activation scale``.
+    """
+    codes, act_scale = absmax_quantize(x.reshape(-1, x.shape[-1]))
+    dtype = x.dtype if x.dtype in (jnp.bfloat16, jnp.float32) else jnp.dtype(jnp.float32)
+    outputs: list[jax.Array] = []
+    for weight in weights:
+        scale = weight.scale
+        if scale.ndim and weight.layer is not None:
+            scale = lax.dynamic_index_in_dim(scale, weight.layer, keepdims=False)
+        factor = scale / act_scale[:, 0]
+        y = _product(codes, weight, factor, dtype, interpret=interpret)
+        outputs.append(y.reshape(*x.shape[:-1], weight.n).astype(x.dtype))
+    return tuple(outputs)
+
+
+def _product(
+    x: jax.Array,
+    weight: TernaryWeight,
+    factor: jax.Array | None,
+    dtype: jnp.dtype,
+    *,
+    tiles: Tiles | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """[M, N] in ``dtype``: the int32 product of ``x`` int8 [M, K], times ``factor`` f32 [M]."""
+    if weight.packing != "ternary2":
+        raise ValueError(f"the Mosaic GPU kernel reads ternary2, found {weight.packing}")
+    m, n = x.shape[0], weight.n
+    tiles = tiles or choose_tiles(m, n)
+    packed, layer = _aligned(weight, tiles)
+    rows = max(tiles.tokens, _up(m, TILE_ROWS))
+    x = jnp.pad(x, ((0, rows - m), (0, CODES_PER_BYTE * packed.shape[2] - x.shape[1])))
+    operands = [layer, packed, x]
+    if factor is not None:
+        operands.append(jnp.pad(factor, (0, _up(rows, tiles.tokens) - m)))
+    outputs = _up(packed.shape[1], SWIZZLE // dtype.itemsize)
+    call = _call(tiles, (rows, outputs), dtype, factor is not None, interpret)
+    return call(*operands)[:m, :n]
+
+
+def _up(size: int, multiple: int) -> int:
+    return pl.cdiv(size, multiple) * multiple
+
+
+def _aligned(weight: TernaryWeight, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+    """The stack uint8 [L, N, W] and the layer int32 [1].
+
+    The stack itself where it is whole tiles of shared memory (8 rows, 32 bytes) and at least one
+    block; otherwise a padded copy of the layer. Padding meets zeros of x, or makes outputs that are
+    cut off.
+    """
+    n, width = weight.packed.shape[-2:]
+    pad_n = max(tiles.width, _up(n, TILE_ROWS)) - n
+    pad_width = max(tiles.bytes, _up(width, PIECE_BYTES)) - width
+    if pad_n == 0 and pad_width == 0:
+        if weight.layer is None:
+            return weight.packed[None], jnp.zeros((1,), jnp.int32)
+        return weight.packed, weight.layer.astype(jnp.int32).reshape(1)
+    packed = jnp.pad(weight.single().packed, ((0, pad_n), (0, pad_width)))
+    return packed[None], jnp.zeros((1,), jnp.int32)
+
+
+def _call(
+    tiles: Tiles, shape: tuple[int, int], dtype: jnp.dtype, scaled: bool, interpret: Any
+) -> Callable[..., jax.Array]:
+    """The kernel as a function of layer, stack, activations and, if ``scaled``, factors."""
+    blocks = pl.cdiv(shape[0], tiles.tokens) * pl.cdiv(shape[1], tiles.width)
+    slots = tiles.slots * 4 // dtype.itemsize
+    out_shape = (tiles.warpgroups, slots, tiles.store, tiles.outputs)
+    scratch = [plgpu.SMEM(out_shape, dtype, transforms=_transforms(SWIZZLE, dtype.itemsize))]
+    options: dict[str, Any] = {}
+    if interpret:
+        options["interpret"] = interpret
+        for operand in ((tiles.outputs, SWIZZLE), (SWIZZLE, tiles.tokens)):
+            scratch.append(plgpu.SMEM((tiles.warpgroups, *operand), jnp.int8))
+    else:
+        semantics = plgpu.LoweringSemantics.Warpgroup
+        options["compiler_params"] = plgpu.CompilerParams(lowering_semantics=semantics)
+    return plgpu.kernel(
+        partial(_kernel, tiles, scaled),
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        scratch_types=scratch,
+        grid=(min(blocks, MULTIPROCESSORS),),
+        grid_names=("block",),
+        num_threads=tiles.warpgroups + 1,
+        thread_name="warpgroup",
+        **options,
+    )
+
+
+def _transforms(swizzle: int, itemsize: int) -> tuple[Any, ...]:
+    return (
+        plgpu.TilingTransform((8, swizzle // itemsize)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+
+
+def _kernel(tiles: Tiles, scaled: bool, *refs: Any) -> None:
+    """Every block: its tiles of the output in turn, each a pipeline over k and an epilogue."""
+    layer_ref, packed_ref, x_ref = refs[:3]
+    factors, (out_ref, out_smem, *stand_ins) = refs[3 : 3 + scaled], refs[3 + scaled :]
+    (m, n), steps = out_ref.shape, pl.cdiv(packed_ref.shape[2], tiles.bytes)
+    columns = pl.cdiv(n, tiles.width)
+    pipeline = partial(_pipeline, tiles, steps, stand_ins)
+
+    def nothing(*_: Any, **__: Any) -> None:
+        """Stands for a body where only the buffers are asked for."""
+
+    layer = layer_ref[0]
+    buffers = pipeline(nothing).get_allocations(packed_ref.at[layer], x_ref)
+
+    @partial(pl.run_scoped, buffers=buffers, collective_axes="warpgroup")
+    def _(buffers: Any) -> None:
+        @plgpu.nd_loop((pl.cdiv(m, tiles.tokens) * columns,), collective_axes="block")
+        def _(loop: Any) -> None:
+            (index,) = loop.index
+            # Outputs are the inner axis: packed weights are small and stay in the L2 cache.
+            token = lax.div(index, columns) * tiles.tokens
+            output = lax.rem(index, columns) * tiles.width
+            epilogue = partial(
+                _epilogue, tiles, bool(stand_ins), token, output, factors, out_ref, out_smem
+            )
+
+            def compute(run: Callable[[Any], Any]) -> None:
+                @partial(
+                    pl.run_scoped,
+                    acc_ref=plgpu.WGMMAAccumulatorRef((tiles.outputs, tiles.tokens), jnp.int32),
+                )
+                def _(acc_ref: Any) -> None:
+                    run(acc_ref)
+                    epilogue(acc_ref[...])
+
+            pipeline(compute)(
+                packed_ref.at[layer, pl.ds(output, tiles.width)],
+                x_ref.at[pl.ds(token, tiles.tokens)],
+                allocations=buffers,
+            )
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _pipeline(
+    tiles: Tiles, steps: int, stand_ins: Sequence[Any], compute: Callable[..., None]
+) -> Any:
+    """Copies of weights and activations by one warpgroup, unpacking and products by the others."""
+
+    def body(_: Any, packed_smem: Any, x_smem: Any, acc_ref: Any) -> Any:
+        rows = pl.ds(lax.axis_index("warpgroup") * tiles.outputs, tiles.outputs)
+        for part in range(tiles.codes // SWIZZLE):
+            packed = packed_smem[rows, pl.ds(part * PIECE_BYTES, PIECE_BYTES)]
+            codes = x_smem.at[:, pl.ds(part * SWIZZLE, SWIZZLE)]
+            if stand_ins:
+                mine = [ref.at[lax.axis_index("warpgroup")] for ref in stand_ins]
+                _interpreted_product(acc_ref, packed, codes[...], *mine)
+            else:
+                plgpu.wgmma(acc_ref, _unpack(packed), plgpu.transpose_ref(codes, (1, 0)))
+        # Registers of an operand may not be written before its product is done: each piece of a
+        # step has its own, and the next step waits.
+        plgpu.wgmma_wait(0)
+        return acc_ref
+
+    return plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=(steps,),
+        memory_registers=MEMORY_REGISTERS,
+        in_specs=[
+            plgpu.BlockSpec(
+                (tiles.width, tiles.bytes),
+                lambda k: (0, k),
+                transforms=_transforms(PIECE_BYTES, 1),
+            ),
+            plgpu.BlockSpec(
+                (tiles.tokens, tiles.codes),
+                lambda k: (0, k),
+                transforms=_transforms(SWIZZLE, 1),
+            ),
+        ],
+        wg_axis="warpgroup",
+        num_compute_wgs=tiles.warpgroups,
+        max_concurrent_steps=tiles.stages,
+        compute_context=compute,
+    )
+
+
+def _unpack(packed: jax.Array) -> jax.Array:
+    """uint8 [R, B] to the int8 codes [R, 4 B], both in the layout of a wgmma fragment."""
+    layout = plgpu.Layout.WGMMA_8BIT
+    shape = (packed.shape[0], packed.shape[1] * CODES_PER_BYTE)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout)
+    )
+    def codes(_: Any, fragment: Any) -> Any:
+        return fragment_codes(fragment, shape)
+
+    return cast("Callable[[jax.Array], jax.Array]", codes)(packed)
+
+
+def _interpreted_product(
+    acc_ref: Any, packed: jax.Array, codes: jax.Array, unpacked_smem: Any, codes_smem: Any
+) -> None:
+    """The product of what ``_unpack`` makes; interpret mode takes whole references only."""
+    unpacked_smem[...] = unpack_ternary2(packed, packed.shape[1] * CODES_PER_BYTE)
+    codes_smem[...] = codes.T
+    plgpu.wgmma(acc_ref, unpacked_smem, codes_smem)
+
+
+def _epilogue(
+    tiles: Tiles,
+    interpret: bool,
+    token: jax.Array,
+    output: jax.Array,
+    factors: Sequence[Any],
+    out_ref: Any,
+    out_smem: Any,
+    acc: jax.Array,
+) -> None:
+    """Scales ``acc`` int32 [outputs, tokens] and writes it, transposed."""
+    warpgroup, slots = lax.axis_index("warpgroup"), out_smem.shape[1]
+    for part in range(tiles.tokens // tiles.store):
+        first = part * tiles.store
+        tokens = pl.ds(token + first, tiles.store)
+        values = acc[:, first : first + tiles.store]
+        for ref in factors:
+            factor = _of_tokens(ref.at[tokens], values.shape, interpret)
+            values = values.astype(jnp.float32) * factor
+        values = values.astype(out_ref.dtype)
+        slot = out_smem.at[warpgroup, part % slots]
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        if interpret:
+            slot[...] = values.T
+        else:
+            values = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.transpose_ref(slot, (1, 0))[...] = values
+        plgpu.commit_smem()
+        outputs = pl.ds(output + warpgroup * tiles.outputs, tiles.outputs)
+        plgpu.copy_smem_to_gmem(slot, out_ref.at[tokens, outputs])
+
+
+def _of_tokens(ref: Any, shape: tuple[int, ...], interpret: bool) -> jax.Array:
+    """One value a token, along the second axis of ``shape``."""
+    if interpret:
+        return lax.broadcast_in_dim(ref[...], shape, (1,))
+    values = plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(values, shape, (1,))

@@ -1,0 +1,128 @@
+"""The Hopper kernel: arithmetic in interpret mode, lowering anywhere, exactness on a GPU."""
+
+from importlib import import_module
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fabric_kernels.packing import pack
+from fabric_kernels.ternary_matmul import mosaic_gpu, xla
+from fabric_kernels.ternary_matmul.weight import TernaryWeight
+
+INT32 = jnp.dtype(jnp.int32)
+
+
+@pytest.fixture
+def interpret() -> Any:
+    try:
+        params = import_module("jax._src.pallas.mosaic_gpu.interpret.params")
+    except ImportError:
+        pytest.skip("this jax has no interpret mode for Mosaic GPU")
+    return params.InterpretGPUParams()
+
+
+@pytest.fixture
+def hopper() -> None:
+    devices = jax.devices()
+    if devices[0].platform != "gpu" or devices[0].compute_capability != "9.0":
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+def _problem(
+    m: int, n: int, k: int, layers: int | None = None, code: int | None = None, x: int | None = None
+) -> tuple[np.ndarray, np.ndarray, TernaryWeight]:
+    rng = np.random.default_rng(m + n + k)
+    codes = rng.integers(-1, 2, (n, k)).astype(np.int8)
+    if code is not None:
+        codes = np.full((n, k), code, np.int8)
+    tokens = rng.integers(-128, 128, (m, k)).astype(np.int8)
+    if x is not None:
+        tokens = np.full((m, k), x, np.int8)
+    packed, layer, scale = pack(jnp.asarray(codes), "ternary2"), None, jnp.float32(0.37)
+    if layers is not None:
+        others = [jnp.full_like(packed, 0x55)] * (layers - 1)
+        packed, layer = jnp.stack([*others, packed]), jnp.asarray(layers - 1)
+        scale = jnp.arange(1, layers + 1, dtype=jnp.float32) / 8
+    return tokens, codes, TernaryWeight(packed, scale, layer, k)
+
+
+def _exact(tokens: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    return tokens.astype(np.int64) @ codes.astype(np.int64).T
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_interpreted_product_is_exact(interpret: Any, layers: int | None) -> None:
+    tokens, codes, weight = _problem(128, 64, 512, layers)
+    product = mosaic_gpu.matmul(jnp.asarray(tokens), weight, interpret=interpret)
+    np.testing.assert_array_equal(product, _exact(tokens, codes))
+
+
+def test_interpreted_linear_is_that_of_xla(interpret: Any) -> None:
+    _, _, weight = _problem(64, 64, 256, 2)
+    x = jax.random.normal(jax.random.key(0), (2, 32, 256), jnp.float32)
+    (got,) = mosaic_gpu.linear(x, [weight], interpret=interpret)
+    (want,) = xla.linear(x, [weight])
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("layers", [None, 2])
+@pytest.mark.parametrize("shape", [(1, 3, 5), (100, 130, 515), (300, 4096, 4096)])
+def test_lowers_without_a_gpu(shape: tuple[int, int, int], layers: int | None, dtype: str) -> None:
+    _, _, weight = _problem(*shape, layers)
+    x = jnp.ones((shape[0], shape[2]), dtype)
+    traced = jax.jit(lambda x, w: mosaic_gpu.linear(x, [w])[0]).trace(x, weight)
+    assert traced.out_info.shape == shape[:2]
+    assert traced.out_info.dtype == dtype
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+def test_stack_is_not_copied() -> None:
+    _, _, weight = _problem(128, 128, 512, 3)
+    x = jnp.ones((128, 512), jnp.int8)
+    lowered = jax.jit(mosaic_gpu.matmul).trace(x, weight).lower(lowering_platforms=("cuda",))
+    assert "slice" not in lowered.as_text().split("mosaic_gpu")[0]
+
+
+def test_refuses_other_packings() -> None:
+    weight = TernaryWeight(jnp.zeros((4, 2), jnp.uint8), jnp.float32(1), None, 10, "ternary1.6")
+    with pytest.raises(ValueError, match=r"ternary1\.6"):
+        mosaic_gpu.matmul(jnp.zeros((64, 10), jnp.int8), weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    "problem",
+    [
+        {"m": 1, "n": 3, "k": 5},
+        {"m": 100, "n": 130, "k": 515},
+        {"m": 300, "n": 264, "k": 1152, "layers": 3},
+        {"m": 2050, "n": 2184, "k": 1408, "layers": 2},
+        {"m": 70, "n": 128, "k": 640, "code": 0},
+        {"m": 257, "n": 392, "k": 640, "code": -1, "x": -128},
+        {"m": 64, "n": 64, "k": 8192, "code": 1, "x": 127},
+    ],
+    ids=str,
+)
+def test_product_is_exact(problem: dict[str, int]) -> None:
+    tokens, codes, weight = _problem(**problem)
+    product = jax.jit(mosaic_gpu.matmul)(jnp.asarray(tokens), weight)
+    np.testing.assert_array_equal(product, _exact(tokens, codes))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_linear_is_that_of_xla(dtype: str) -> None:
+    _, _, weight = _problem(300, 264, 1152, 3)
+    x = jax.random.normal(jax.random.key(0), (300, 1152), dtype)
+    got = jax.jit(lambda x, w: mosaic_gpu.linear(x, [w])[0])(x, weight)
+    want = jax.jit(lambda x, w: xla.linear(x, [w])[0])(x, weight)
+    tolerance = 2**-7 if dtype == "bfloat16" else 1e-6
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), want.astype(jnp.float32), rtol=tolerance, atol=1e-30
+    )
