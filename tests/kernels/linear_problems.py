@@ -11,7 +11,10 @@ from fabric_kernels import LowRank, Packing, TernaryWeight, pack
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Matrices of ``n`` outputs each that share x [*leading, k]; rank None: no adapter."""
+    """Matrices of ``n`` outputs each that share x [*leading, k]; rank None: no adapter.
+
+    Arrays are made once, outside of whatever transformation first asks for them.
+    """
 
     n: tuple[int, ...]
     k: int
@@ -36,16 +39,19 @@ class Problem:
         return [(-1.0 if i % 2 else 1.0) * 0.75 / 4**i for i in range(len(self.n))]
 
     @cached_property
+    @jax.ensure_compile_time_eval()
     def x(self) -> jax.Array:
         """Rows of many magnitudes."""
         return self._rows(np.random.default_rng(2), self.k)
 
     @cached_property
+    @jax.ensure_compile_time_eval()
     def gradients(self) -> tuple[jax.Array, ...]:
         rng = np.random.default_rng(3)
         return tuple(self._rows(rng, n) for n in self.n)
 
     @cached_property
+    @jax.ensure_compile_time_eval()
     def weights(self) -> tuple[TernaryWeight, ...]:
         return tuple(
             TernaryWeight(
@@ -59,6 +65,7 @@ class Problem:
         )
 
     @cached_property
+    @jax.ensure_compile_time_eval()
     def adapters(self) -> tuple[LowRank | None, ...]:
         rng = np.random.default_rng(4)
 
