@@ -13,6 +13,7 @@ from fabric_kernels import (
     FrozenWeight,
     LowRank,
     Packing,
+    Prologue,
     TernaryWeight,
     frozen_matmul,
     low_rank_product,
@@ -25,6 +26,7 @@ from jax.typing import DTypeLike
 
 from fabric_jax.layers.dot import linear
 from fabric_jax.layers.lora import Lora, LoraConfig
+from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, declare_base
 from fabric_jax.layers.residuals import Twin, as_codes, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_blocks, table_bits
@@ -181,10 +183,38 @@ class BitLinear(nnx.Module):
         return checkpoint_name(y, LINEAR_OUTPUT)
 
 
-def apply_together(
-    linears: Sequence[BitLinear], x: jax.Array | Twin, context: LayerContext | None = None
+def apply_after(
+    norm: RMSNorm | None,
+    linears: Sequence[BitLinear],
+    x: jax.Array | Twin,
+    context: LayerContext | None,
 ) -> list[jax.Array | Twin]:
-    """The outputs of linears that share their input: it is quantised once."""
+    """The outputs of linears that share ``norm(x)``, which some kernels compute on the way."""
+    if norm is None:
+        return apply_together(linears, x, context)
+    prologue = norm.prologue
+    if prologue is None or not takes_prologue(linears, x):
+        return apply_together(linears, on_both(norm, x), context)
+    return apply_together(linears, x, context, prologue)
+
+
+def takes_prologue(linears: Sequence[BitLinear], x: jax.Array | Twin) -> bool:
+    """Whether nothing but the linears' quantiser reads their input."""
+    options = linears[0].options
+    quantized = options.mode == "packed" and options.act_quant == "per_token"
+    return quantized and not isinstance(x, Twin) and all(one.lora is None for one in linears)
+
+
+def apply_together(
+    linears: Sequence[BitLinear],
+    x: jax.Array | Twin,
+    context: LayerContext | None = None,
+    prologue: Prologue | None = None,
+) -> list[jax.Array | Twin]:
+    """The outputs of linears that share their input: it is quantised once.
+
+    A prologue may be given where :func:`takes_prologue` says so.
+    """
     options = linears[0].options
     products = [one.product(context) for one in linears]
     if options.mode == "packed":
@@ -192,6 +222,7 @@ def apply_together(
             exact_form(x),
             [one.packed(context) for one in linears],
             products,
+            prologue=prologue,
             kept=x.kept if isinstance(x, Twin) else None,
             act_quant=options.act_quant,
             implementation=options.implementation,

@@ -119,7 +119,7 @@ class Block(nnx.Module):
         self, h: jax.Array, angles: Angles | None, context: LayerContext | None
     ) -> tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]:
         """Queries, keys and values of the residual stream ``h`` [B, T, D]; see ``Attention``."""
-        return self.attention.project(self.attention_norm(h), angles, context)
+        return self.attention.project(self.attention_norm, h, angles, context)
 
     def combine(
         self,
@@ -132,7 +132,7 @@ class Block(nnx.Module):
         if self.attention_post_norm is not None:
             change = on_both(self.attention_post_norm, change)
         middle = on_both(jnp.add, h, change)
-        change = self.mlp(on_both(self.mlp_norm, middle), context)
+        change = self.mlp(middle, context, self.mlp_norm)
         if self.mlp_post_norm is not None:
             change = on_both(self.mlp_post_norm, change)
         return joined(on_both(jnp.add, middle, change))

@@ -22,6 +22,7 @@ from fabric_kernels.packing import unpack as unpack
 from fabric_kernels.packing import unpack_ternary2 as unpack_ternary2
 from fabric_kernels.table_matmul import table_matmul as table_matmul
 from fabric_kernels.table_matmul import table_matmul_transposed as table_matmul_transposed
+from fabric_kernels.ternary_matmul import Prologue as Prologue
 from fabric_kernels.ternary_matmul import TernaryWeight as TernaryWeight
 from fabric_kernels.ternary_matmul import select_implementation as select_implementation
 from fabric_kernels.ternary_matmul import ternary_linear as ternary_linear
