@@ -15,7 +15,7 @@ for NVIDIA's Hopper, ``triton`` for other GPUs, ``mosaic_tpu`` for TPUs."""
 
 
 SideImplementation = Literal["xla", "cpu"]
-"""What norms, attention and tables have."""
+"""What norms and tables have."""
 
 
 class Products(Protocol):
@@ -54,7 +54,7 @@ def select_implementation(implementation: Implementation | None = None) -> Imple
 
 
 def side_implementation(implementation: Implementation | None) -> SideImplementation | None:
-    """What runs norms, attention and tables beside products of that implementation."""
+    """What runs norms and tables beside products of that implementation."""
     return implementation if implementation in (None, "cpu") else "xla"
 
 

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.absmax import EPSILON
-from fabric_kernels.ternary_matmul.triton_call import Mode
 from fabric_kernels.ternary_matmul.triton_kernels import Ref, Tile, scale_at
+from fabric_kernels.triton_call import Mode
 
 MAX_UNROLLED = 8
 """Vectors of a row whose loads are all in one straight run of code."""
