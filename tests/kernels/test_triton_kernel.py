@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fabric_kernels import Packing, Prologue, TernaryWeight, pack, ternary_linear
-from fabric_kernels.ternary_matmul import triton, triton_call, xla
+from fabric_kernels import Packing, Prologue, TernaryWeight, pack, ternary_linear, triton_call
+from fabric_kernels.ternary_matmul import triton, xla
 
 from tests.kernels.linear_problems import Problem, rows_of
 

@@ -19,7 +19,7 @@ Product = Literal["linear", "linear_transposed"]
 pass. Products of bare codes follow the first, those of bare floats the second."""
 
 SideImplementation = Literal["xla", "cpu"]
-"""What norms, attention and tables have."""
+"""What norms and tables have."""
 
 
 class Products(Protocol):
@@ -84,7 +84,7 @@ def resolve(
 
 
 def side_implementation(implementation: Implementation | None) -> SideImplementation | None:
-    """What runs norms, attention and tables beside products of that implementation."""
+    """What runs norms and tables beside products of that implementation."""
     if implementation is None or implementation == "cpu":
         return implementation
     return "xla"

@@ -20,8 +20,8 @@ import numpy as np
 from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE
 from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
-from fabric_kernels.ternary_matmul.triton_call import on_platform, without_deprecation
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
+from fabric_kernels.triton_call import on_platform, without_deprecation
 
 if TYPE_CHECKING:
     from types import ModuleType

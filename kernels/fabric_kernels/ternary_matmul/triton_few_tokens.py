@@ -21,8 +21,8 @@ from jax.experimental.pallas import triton as plgpu
 from fabric_kernels.absmax import EPSILON
 from fabric_kernels.norm import Gate, activate
 from fabric_kernels.packing import CODES_PER_BYTE
-from fabric_kernels.ternary_matmul.triton_call import Mode
 from fabric_kernels.ternary_matmul.triton_kernels import Ref, Tile, scale_at
+from fabric_kernels.triton_call import Mode
 
 # Four fields times four activations each, added up. Of the four sums of a group of four elements
 # only the first is in use: the others are 0, which the compiler finds out.
