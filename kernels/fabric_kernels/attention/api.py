@@ -69,9 +69,10 @@ def attention_implementation(
 ) -> AttentionImplementation:
     """What runs attention beside products of that implementation.
 
-    ``triton``, ``mosaic_gpu`` and ``tuned`` mean the Triton kernels, ``mosaic_tpu`` plain jax. ``None`` picks:
-    the CPU kernel, if there is one; the Triton kernels on an NVIDIA GPU from Ampere on. One query a
-    row has no use for tiles of queries, so plain jax it is, but where ``cpu`` is named.
+    ``triton``, ``mosaic_gpu`` and ``tuned`` mean the Triton kernels, ``mosaic_tpu`` plain jax.
+    ``None`` picks: the CPU kernel, if there is one; the Triton kernels on an NVIDIA GPU from Ampere
+    on. One query a row has no use for tiles of queries, so plain jax it is, but where ``cpu`` is
+    named.
 
     Raises:
         ValueError: the name is unknown.
