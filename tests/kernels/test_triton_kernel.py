@@ -343,3 +343,18 @@ def test_gradient_through_a_prologue() -> None:
     )
     for ours, reference in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("gated", ["silu", "relu2"])
+def test_a_prologue_lowers_into_the_product(gated: Any, dtype: str) -> None:
+    weights = (abstract_weight(768, 512, "ternary2"),)
+    x, gain = shape((1, 512), dtype), shape((512,), dtype)
+
+    def run(x: Any, gate: Any, gain: Any, weights: Any) -> Any:
+        prologue = Prologue(gate=gate, activation=gated, gain=gain, eps=1e-5)
+        return ternary_linear(x, weights, prologue=prologue, implementation="triton")
+
+    text = lowered(run, x, x, gain, weights, platform="cuda")
+    assert text.count("xla.gpu.triton") == 1
+    assert "stablehlo.rsqrt" not in text

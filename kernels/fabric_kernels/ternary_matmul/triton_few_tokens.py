@@ -187,7 +187,7 @@ def _codes(
     else:
         if row.activation is not None:
             gates = [load("gate", j) for j in range(CODES_PER_BYTE)]
-            planes = [activate(g, row.activation) * x for g, x in zip(gates, planes, strict=True)]
+            planes = [_gated(g, x, row.activation) for g, x in zip(gates, planes, strict=True)]
         if "gain" in refs:
             gains = [load("gain", j) for j in range(CODES_PER_BYTE)]
             planes = _normalise(planes, gains, k, row.eps)
@@ -200,6 +200,11 @@ def _codes(
 def _added(planes: list[jax.Array]) -> jax.Array:
     first, second, third, fourth = planes
     return (first + second) + (third + fourth)
+
+
+def _gated(gate: jax.Array, x: jax.Array, activation: Gate) -> jax.Array:
+    """Steps rounded as ``gated_product``'s; Triton has no division in half precision."""
+    return activate(gate.astype(jnp.float32), activation).astype(x.dtype) * x
 
 
 def _normalise(
