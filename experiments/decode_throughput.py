@@ -1,6 +1,6 @@
 """How fast does a model with random weights generate, and what would memory alone allow?
 
-    python -m experiments.decode_throughput --model bitnet-1b bitnet-2b-4t --batch 1 32 --out out.json
+    python -m experiments.decode_throughput --model bitnet-1b bitnet-13b --batch 1 32 --out out.json
 
 Prefill and decode are timed apart, the whole decode loop in one dispatch, and beside them how fast
 this machine reads memory: a token of one row can't take less than reading the packed weights, the
@@ -160,7 +160,7 @@ def _bytes(tree: Any) -> int:
 
 
 def read_bytes_per_second() -> float:
-    """How fast memory is read here: by the CPU library's loops, elsewhere by a sum on the device."""
+    """How fast memory is read: by the CPU library's loops, elsewhere by a sum on the device."""
     if jax.default_backend() == "cpu" and cpu_library.available():
         peaks = make_peaks(pool_threads(), READ_BYTES["cpu"], READ_SECONDS / 4)
         return max(peaks.read_bytes(READ_SECONDS) for _ in range(3))
