@@ -28,7 +28,9 @@ from fabric_jax.errors import FabricError
 from fabric_jax.files import write_json
 from fabric_jax.generation.config import GenerationConfig
 from fabric_jax.generation.generator import Generator, bucket, make_generator
+from fabric_jax.generation.programs import Weights
 from fabric_jax.generation.sampling import sampling_of
+from fabric_jax.layers.kv_cache import empty_cache
 from fabric_jax.measurement.device import device_facts
 from fabric_jax.measurement.timing import summarize
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
@@ -50,6 +52,7 @@ class Settings:
         new: tokens generated after it.
         dtype: of activations.
         table: dtype of embedding and head as they are stored.
+        cache: dtype of keys and values; empty for that of the activations.
         packing: of the ternary weights.
         implementation: of the products; empty picks.
         repeats: timed generations, after one that isn't.
@@ -61,6 +64,7 @@ class Settings:
     new: int = 256
     dtype: str = "bfloat16"
     table: str = "bfloat16"
+    cache: str = ""
     packing: Packing = "ternary2"
     implementation: str = ""
     repeats: int = 3
@@ -125,15 +129,22 @@ def _runner(settings: Settings, generator: Generator, base: Tree) -> Any:
     capacity = bucket(settings.prompt + settings.new, config.max_length)
     method, sampling = sampling_of(GenerationConfig(max_new_tokens=settings.new))
     keys = jax.random.split(jax.random.key(0), settings.batch)
-    stops = jnp.full(8, -1, jnp.int32)
+    stops, never = jnp.full(8, -1, jnp.int32), jnp.zeros(settings.batch, jnp.bool_)
+    weights, starts, limit = Weights(base=base, adapter={}), jnp.zeros_like(lengths), settings.new
+    shape = (config.num_layers, settings.batch, capacity, config.num_kv_heads, config.head_dim)
 
     def run() -> tuple[float, float]:
+        cache = jax.block_until_ready(empty_cache(*shape, settings.cache or generator.dtype))
         begin = time.perf_counter()
-        state = generator.prefill(base, {}, prompts, lengths, capacity)
+        state = generator.prefill(
+            *(weights, cache, prompts, starts, lengths, None),
+            slots=prompts.shape[1],
+            log_probs=False,
+        )
         jax.block_until_ready(state)
         middle = time.perf_counter()
         state = generator.decode(
-            base, {}, state, keys, sampling, stops, jnp.int32(settings.new), method
+            *(weights, state, keys, sampling, stops, jnp.int32(limit), never), method=method
         )
         jax.block_until_ready(state)
         end = time.perf_counter()
@@ -150,7 +161,8 @@ def step_bytes(settings: Settings, definition: DecoderDefinition, base: Tree) ->
     head = tables["embedding"] if config.tied_head else tables["head"]
     rest = {name: leaf for name, leaf in base.items() if name not in tables}
     filled = settings.prompt + settings.new / 2
-    slot = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(settings.dtype).itemsize
+    width = jnp.dtype(settings.cache or settings.dtype).itemsize
+    slot = 2 * config.num_kv_heads * config.head_dim * width
     cache = settings.batch * filled * config.num_layers * slot
     return _bytes(rest) + _bytes(head) + int(cache)
 
@@ -210,7 +222,7 @@ def main() -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[Settings.batch])
     parser.add_argument("--table", nargs="+", default=[Settings.table])
     parser.add_argument("--packing", nargs="+", default=[Settings.packing])
-    for name in ("dtype", "implementation"):
+    for name in ("dtype", "cache", "implementation"):
         parser.add_argument(f"--{name}", default=getattr(Settings, name))
     for name in ("prompt", "new", "repeats"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name))

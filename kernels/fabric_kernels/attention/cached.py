@@ -103,9 +103,7 @@ def _on_cpu(
     return y.astype(q.dtype), new
 
 
-def _check(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, positions: jax.Array
-) -> None:
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, positions: jax.Array) -> None:
     batch, heads, width = q.shape[0], q.shape[2], q.shape[3]
     stored = cache.keys.shape
     kv_heads = stored[2]
