@@ -30,7 +30,7 @@ from fabric_jax.models.initialize import Tree
 from fabric_jax.quantization.absmax import ActQuant
 
 AdapterName = str | None
-Tables = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+TableDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 PIECE_SECONDS = 0.05
 """What a dispatch of a streamed answer may take: the eye takes more for a stutter."""
 
@@ -62,6 +62,7 @@ class Model:
         adapter: the LoRA weights, empty without an adapter; with several a stack of them.
         tokenizer_source: the model's own tokenizer, as ``load_tokenizer`` takes it.
         adapter_names: of the stack's adapters, as they were named to ``load_model``.
+        own_tokenizer: in place of the one that ``tokenizer_source`` names.
     """
 
     definition: DecoderDefinition
@@ -69,6 +70,7 @@ class Model:
     adapter: Tree
     tokenizer_source: str = ""
     adapter_names: tuple[str, ...] = ()
+    own_tokenizer: Tokenizer | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -78,7 +80,7 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's own tokenizer; bytes for a model that has none."""
-        return load_tokenizer(self.tokenizer_source)
+        return self.own_tokenizer or load_tokenizer(self.tokenizer_source)
 
     def logits(self, tokens: ArrayLike | Int[Array, "B T"]) -> Float32[Array, "B T V"]:
         """Logits of the token after each of ``tokens``, integers [B, T].
@@ -271,6 +273,10 @@ class Stream:
     stats: Stats | None = None
     completion: Completion | None = None
 
+    def check(self) -> None:
+        """Raises the FabricError that iteration would raise for the prompt."""
+        self.generator.check([self.prompt], self.settings)
+
     def __iter__(self) -> Iterator[str]:
         """Generates the answer."""
         text = TextStream(
@@ -346,7 +352,7 @@ def load_model(
     adapter: str | Path | Sequence[str | Path] | None = None,
     act_quant: ActQuant | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    tables: Tables | None = None,
+    embedding_dtype: TableDtype | None = None,
     implementation: Implementation | None = None,
     seed: int = 0,
 ) -> Model:
@@ -366,8 +372,8 @@ def load_model(
             a model of which each prompt has its own.
         act_quant: quantiser of the inputs of ternary linears. None: the model's, or per token.
         dtype: of activations and unpacked weights.
-        tables: how embedding and head are stored: a float dtype, ``int8`` or ``int4``; None for
-            ``dtype``.
+        embedding_dtype: of embedding and head as they are stored, ``int8`` and ``int4`` included;
+            None for ``dtype``.
         implementation: of the products with packed weights; None picks.
         seed: of random weights.
 
@@ -387,7 +393,7 @@ def load_model(
         act_quant=act_quant,
         seed=seed,
         lora=lora,
-        embedding_dtype=tables,
+        embedding_dtype=embedding_dtype,
         implementation=implementation,
     )
     if several:

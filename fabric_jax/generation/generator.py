@@ -63,8 +63,7 @@ class Generator:
             FabricError: a prompt is empty, has an id outside the vocabulary, or doesn't fit the
                 model or the cache with ``max_new_tokens`` after it.
         """
-        rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
-        _check_prompts(rows, self.config, settings)
+        rows = self.check(prompts, settings)
         size = settings.batch_size or len(rows)
         by_length = sorted(range(len(rows)), key=lambda i: -rows[i].size)
         results: dict[int, Generated] = {}
@@ -97,8 +96,7 @@ class Generator:
         Raises:
             FabricError: as ``__call__``.
         """
-        row = np.asarray(prompt, np.int64).reshape(-1)
-        _check_prompts([row], self.config, settings)
+        row = self.check([prompt], settings)[0]
         ids = None if adapter_id is None else [adapter_id]
         weights = _weights(base, adapter, ids, [0], 1)
         batch = self._batch([row], [0], 1, settings)
@@ -114,6 +112,18 @@ class Generator:
         session = self._session(weights, batch, settings)
         session.start(cached.cache)
         return session
+
+    def check(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationConfig
+    ) -> list[NDArray[np.int64]]:
+        """The prompts as arrays.
+
+        Raises:
+            FabricError: one of them is empty, has an id outside the vocabulary, or doesn't fit.
+        """
+        rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
+        _check_prompts(rows, self.config, settings)
+        return rows
 
     def _session(self, weights: Weights, batch: Batch, settings: GenerationConfig) -> Session:
         return Session(
