@@ -242,7 +242,7 @@ class Model:
 
 @dataclass(kw_only=True)
 class Stream:
-    """Iterates over the pieces of an answer; each is text that will not change any more.
+    """Iterates over the pieces of an answer; each is text that will not change, or none yet.
 
     The number of tokens a dispatch grows until it takes ``PIECE_SECONDS``.
 
@@ -301,8 +301,8 @@ class Stream:
                 stopping = self.settings.stop_tokens
                 fresh = [token for token in session.tokens(0)[given:] if token not in stopping]
                 given = len(session.tokens(0))
-                if piece := text.add(fresh):
-                    yield piece
+                # Nothing too, so that a reader who wants to leave can.
+                yield text.add(fresh)
             if piece := text.finish():
                 yield piece
         finally:

@@ -63,9 +63,14 @@ def chat(model: "Model", config: GenerateConfig) -> int:
             conversation.command(line.strip())
             continue
         try:
-            conversation.answer(line)
+            with interrupted() as stopped:
+                conversation.answer(line, stopped)
         except FabricError as error:
             print(f"fabric-jax: error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            # The second one, in the middle of a computation: nothing of it is of use.
+            conversation.abandon()
+            print("\n[interrupted]", file=sys.stderr)
     return 0
 
 
@@ -129,8 +134,14 @@ class Conversation:
                 pass
             self._cached = stream.cached
 
-    def answer(self, text: str) -> None:
-        """Streams the answer to a message and keeps both."""
+    def abandon(self) -> None:
+        """Forgets the last message, whose answer came to nothing."""
+        if self._turns and self._turns[-1]["role"] == "user":
+            self._turns.pop()
+        self._cached = None
+
+    def answer(self, text: str, stopped: Callable[[], bool]) -> None:
+        """Streams the answer to a message, until ``stopped``, and keeps both."""
         self._turns.append({"role": "user", "content": text})
         stream = None
         while stream is None:
@@ -148,17 +159,10 @@ class Conversation:
                     self._turns.pop()
                     raise
         stream.cached, self._cached = self._cached, None
-        try:
-            with interrupted() as stopped:
-                for piece in stream:
-                    print(piece, end="", flush=True)
-                    if stopped():
-                        break
-        except KeyboardInterrupt:
-            # The second one, in the middle of a computation: nothing of it is of use.
-            self._turns.pop()
-            print("\n[interrupted]", file=sys.stderr)
-            return
+        for piece in stream:
+            print(piece, end="", flush=True)
+            if stopped():
+                break
         print(" [interrupted]" if stopped() else "", flush=True)
         assert stream.stats is not None
         assert stream.completion is not None
