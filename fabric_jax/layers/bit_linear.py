@@ -84,11 +84,14 @@ class LayerContext:
             layer's own. None: so are these.
         dropout_key: of this layer; None for no dropout.
         int8_residuals: whether outputs of linears are twins, see ``layers.residuals``.
+        adapter_ids: int32 [B], which adapter of a stack each row of the batch has; None for the
+            one adapter that there is.
     """
 
     index: jax.Array | None = None
     dropout_key: jax.Array | None = None
     int8_residuals: bool = False
+    adapter_ids: jax.Array | None = None
 
 
 def float_dtype(float_format: FloatFormat, dtype: DTypeLike) -> str:
@@ -165,8 +168,10 @@ class BitLinear(nnx.Module):
         return linear(values, quantize_weight(self.weight[...]))
 
     def product(self, context: LayerContext | None) -> LowRank | None:
-        """The adapter as arrays; None where there is none or it drops channels of its input."""
+        """The adapter as arrays; None where there is none, it drops channels, or rows differ."""
         if self.lora is None or (self.lora.dropout > 0 and _key(context) is not None):
+            return None
+        if context is not None and context.adapter_ids is not None:
             return None
         return self.lora.product
 
@@ -174,7 +179,9 @@ class BitLinear(nnx.Module):
         self, x: jax.Array | Twin, y: jax.Array, context: LayerContext | None
     ) -> jax.Array | Twin:
         """``y`` plus the share of an adapter that is not in it yet, in the form that is kept."""
-        if self.lora is not None and self.product(context) is None:
+        if self.lora is not None and context is not None and context.adapter_ids is not None:
+            y = y + self.lora.of_rows(exact_form(x), context.adapter_ids)
+        elif self.lora is not None and self.product(context) is None:
             key = _key(context)
             assert key is not None
             y = y + joined(on_both(self.lora, x, jax.random.fold_in(key, self.stream)))

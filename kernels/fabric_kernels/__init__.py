@@ -1,7 +1,10 @@
 """Kernels for packed ternary weights. Knows jax only; usable without fabric_jax."""
 
 from fabric_kernels.absmax import absmax_quantize as absmax_quantize
+from fabric_kernels.attention import KVCache as KVCache
 from fabric_kernels.attention import attention as attention
+from fabric_kernels.attention import cached_attention as cached_attention
+from fabric_kernels.attention import empty_cache as empty_cache
 from fabric_kernels.block_quantization import BlockTable as BlockTable
 from fabric_kernels.block_quantization import dequantize_blocks as dequantize_blocks
 from fabric_kernels.block_quantization import quantize_blocks as quantize_blocks
