@@ -1,11 +1,12 @@
 """Attention of one new token a row to what a cache holds: a step of decoding.
 
-One call turns the query and the key, stores key and value in their slots, and attends. On CPU a
-kernel reads the slots in use where they lie and no others; XLA elsewhere reads all of them under a
-mask.
+One call turns the query and the key, stores key and value in their slots, and attends. On CPU and
+on GPUs a kernel reads the slots in use where they lie and no others; XLA elsewhere reads all of
+them under a mask.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ import numpy as np
 
 from fabric_kernels import cpu_library
 from fabric_kernels.attention import xla
+from fabric_kernels.attention.api import attention_implementation
 from fabric_kernels.attention.cache import KVCache
 from fabric_kernels.ternary_matmul import Implementation, select_implementation
+from fabric_kernels.triton_call import Mode, on_platform, without_deprecation
 
 Angles = tuple[jax.Array, jax.Array]
 CPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
@@ -45,7 +48,9 @@ def cached_attention(
         angles: cosine and sine [B, 1, hd/2] of the rotary positions.
         first: int32 [B, 1], the first slot that a row sees; None for slot 0.
         scale: factor on the scores, positive; without one ``1 / sqrt(hd)``.
-        implementation: ``cpu``, or any other name for XLA; None picks. A named one runs or raises.
+        implementation: of the products that this belongs to: ``cpu``; ``triton``, ``mosaic_gpu``
+            and ``tuned`` for the Triton kernel; any other name for XLA. None picks. What that means
+            runs or raises.
 
     Returns:
         [B, 1, H, hd] in the dtype of q, and the cache. No gradient is defined.
@@ -60,12 +65,23 @@ def cached_attention(
     chosen = select_implementation(implementation)
     if chosen == "cpu" and (known or implementation == "cpu"):
         return _on_cpu(q, k, v, cache, layer, positions, begin, angles, factor)
+    if attention_implementation(implementation, queries=2) == "triton" and q.shape[-1] % 2 == 0:
+        return _on_gpu(q, k, v, cache, layer, positions, begin, angles, scale=factor)
     q, k = xla.rotate(q, angles), xla.rotate(k, angles)
     cache = cache.write(layer, positions, k, v)
     keys, values = cache.read(layer, q.dtype)
     slots = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None, :]
     mask = (slots <= positions[:, :, None]) & (slots >= begin[:, :, None])
     return xla.attention(q, keys, values, mask, factor), cache
+
+
+def _on_gpu(*arrays: Any, scale: float) -> tuple[jax.Array, KVCache]:
+    def call(*arrays: Any, mode: Mode) -> tuple[jax.Array, KVCache]:
+        with without_deprecation():
+            from fabric_kernels.attention import triton_cached
+        return triton_cached.cached_attention(*arrays, scale, mode=mode)
+
+    return on_platform(call, *arrays)
 
 
 def _on_cpu(
