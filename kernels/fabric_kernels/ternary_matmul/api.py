@@ -12,7 +12,13 @@ from fabric_kernels.gradients import with_gradient_of
 from fabric_kernels.low_rank import LowRank, low_rank_product
 from fabric_kernels.packing import Packing
 from fabric_kernels.ternary_matmul import cpu
-from fabric_kernels.ternary_matmul.select import Implementation, products, select_implementation
+from fabric_kernels.ternary_matmul.select import (
+    WITH_ADAPTERS,
+    Implementation,
+    products,
+    products_with_adapters,
+    select_implementation,
+)
 from fabric_kernels.ternary_matmul.weight import TernaryWeight, no_gradient
 
 GradientBits = Literal[16, 24]
@@ -135,8 +141,8 @@ def ternary_linear(
     for weight, adapter in zip(weights, own, strict=True):
         if adapter is not None:
             _check_adapter(weight, adapter)
-    if chosen == "cpu":
-        return _cpu_linear(gradient_bits, x, kept, tuple(weights), own)
+    if chosen in WITH_ADAPTERS:
+        return _adapted_linear((chosen, gradient_bits), x, kept, tuple(weights), own)
     base_input = x if kept is None else with_gradient_of(x, kept)
     outputs = cast(tuple[jax.Array, ...], _linear(chosen, base_input, tuple(weights)))
     return tuple(
@@ -233,30 +239,33 @@ def _linear_bwd(
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
+_How = tuple[Implementation, GradientBits]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cpu_linear(
-    bits: GradientBits,
+def _adapted_linear(
+    how: _How,
     x: jax.Array,
     kept: jax.Array | None,
     weights: _Weights,
     adapters: _Adapters,
 ) -> tuple[jax.Array, ...]:
-    del bits, kept
-    return cpu.linear(x, weights, adapters)[0]
+    del kept
+    return products_with_adapters(how[0]).linear_with_adapters(x, weights, adapters)[0]
 
 
 _Residuals = tuple[jax.Array | None, jax.Array | None, _Weights, _Adapters, tuple[jax.Array, ...]]
 
 
-def _cpu_linear_fwd(
-    bits: GradientBits,
+def _adapted_linear_fwd(
+    how: _How,
     x: jax.Array,
     kept: jax.Array | None,
     weights: _Weights,
     adapters: _Adapters,
 ) -> tuple[tuple[jax.Array, ...], _Residuals]:
-    del bits
-    outputs, narrow = cpu.linear(x, weights, adapters)
+    run = products_with_adapters(how[0]).linear_with_adapters
+    outputs, narrow = run(x, weights, adapters)
     # Kept under a name of their own, the narrow products spare a rematerialised backward pass the
     # whole call: they are R floats a token.
     narrow = tuple(checkpoint_name(u, NARROW_PRODUCT) for u in narrow)
@@ -267,22 +276,25 @@ def _cpu_linear_fwd(
     return outputs, (own, other, weights, adapters, narrow)
 
 
-def _cpu_linear_bwd(
-    bits: GradientBits, residuals: _Residuals, gradients: tuple[jax.Array, ...]
+def _adapted_linear_bwd(
+    how: _How, residuals: _Residuals, gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, jax.Array | None, _Weights, _Adapters]:
     x, kept, weights, adapters, narrow = residuals
     read = kept if x is None else x
     assert read is not None
-    dx, pairs = cpu.linear_transposed(read, gradients, weights, adapters, narrow, bits=bits)
+    run = products_with_adapters(how[0]).transposed_with_adapters
+    dx, pairs = run(read, gradients, weights, adapters, narrow, bits=how[1])
     d_adapters = tuple(
-        adapter
-        if adapter is None
-        else LowRank(da.astype(adapter.a.dtype), db.astype(adapter.b.dtype), adapter.scale)
-        for adapter, (da, db) in zip(adapters, pairs, strict=True)
+        None
+        if adapter is None or pair is None
+        else LowRank(
+            pair[0].astype(adapter.a.dtype), pair[1].astype(adapter.b.dtype), adapter.scale
+        )
+        for adapter, pair in zip(adapters, pairs, strict=True)
     )
     frozen = tuple(no_gradient(weight) for weight in weights)
     own, other = (dx, None) if kept is None else (None, dx)
     return own, other, frozen, d_adapters
 
 
-_cpu_linear.defvjp(_cpu_linear_fwd, _cpu_linear_bwd)
+_adapted_linear.defvjp(_adapted_linear_fwd, _adapted_linear_bwd)
