@@ -238,9 +238,7 @@ def run(
                 for implementation in implementations:
                     for packing in packings:
                         try:
-                            yield packed_timing(
-                                product, implementation, packing, (m, n, k), limits
-                            )
+                            yield packed_timing(product, implementation, packing, (m, n, k), limits)
                         except (NotImplementedError, AttributeError, ValueError) as error:
                             yield f"{implementation} {product} {packing}: {error}"
                 if dense:

@@ -118,7 +118,7 @@ def linear_with_adapters(
     *,
     interpret: Any = None,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """:func:`linear` with the adapters' products added, and each ``scale · x A^T``, [..., R].
+    """:func:`linear` with the adapters' products added, and what the backward pass reads.
 
     Quantiser and adapters are Triton kernels, a launch each for all weights.
     """
@@ -137,9 +137,7 @@ def linear_with_adapters(
         _product(codes, weight, factor, dtype, m=len(rows), interpret=interpret)
         for weight, factor in zip(weights, factors, strict=True)
     ]
-    outputs = add_shares(outputs, own, narrow, x.dtype)
-    none = jnp.zeros((len(rows), 0), x.dtype)
-    kept = [none if u is None else u for u in narrow]
+    outputs, kept = add_shares(rows, outputs, own, narrow)
     return (
         tuple(y.reshape(*leading, y.shape[-1]) for y in outputs),
         tuple(u.reshape(*leading, u.shape[-1]) for u in kept),
@@ -171,9 +169,9 @@ def transposed_with_adapters(
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array] | None]]:
     """The gradients of :func:`linear_with_adapters`, as those of the Triton implementation."""
     few = gradients[0].size < UNPACKED_TOKENS * weights[0].n
-    base = None if few else xla.linear_transposed(gradients, weights)
+    products = None if few else xla.unscaled_transposed(gradients, weights)
     return triton.transposed_with_adapters(
-        x, gradients, weights, adapters, narrow, bits=bits, base=base
+        x, gradients, weights, adapters, narrow, bits=bits, products=products
     )
 
 

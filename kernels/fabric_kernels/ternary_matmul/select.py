@@ -50,9 +50,9 @@ class ProductsWithAdapters(Protocol):
     def linear_with_adapters(
         self, x: jax.Array, weights: Sequence[TernaryWeight], adapters: Adapters
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """``linear`` with the adapters' products added; and each ``scale · x A^T``, [..., R].
+        """``linear`` with the adapters' products added; and ``scale · x A^T``, [..., R], of each.
 
-        Where there is no adapter, [..., 0].
+        The latter in whatever arrays the backward call reads.
         """
         ...
 

@@ -20,10 +20,9 @@ from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.low_rank import LowRank
 from fabric_kernels.ternary_matmul.triton_call import on_platform
 from fabric_kernels.ternary_matmul.triton_group import (
+    add_by_xla,
     linear_group,
-    narrow_product,
     transposed_group,
-    with_shares,
 )
 from fabric_kernels.ternary_matmul.triton_layout import (
     check_float,
@@ -56,22 +55,18 @@ def linear(x: jax.Array, weights: Sequence[TernaryWeight]) -> tuple[jax.Array, .
 def linear_with_adapters(
     x: jax.Array, weights: Sequence[TernaryWeight], adapters: Sequence[LowRank | None]
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """:func:`linear` with the adapters' products added, and each ``scale · x A^T``, [..., R]."""
+    """:func:`linear` with the adapters' products added, and what the backward pass reads."""
     check_float(x)
     rows, leading = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     own, all_ = tuple(adapters), tuple(weights)
     if rows.shape[0] == 0:
-        outputs = [jnp.zeros((0, w.n), x.dtype) for w in all_]
-        narrow = [None if a is None else jnp.zeros((0, a.a.shape[0]), x.dtype) for a in own]
+        none = [jnp.zeros((0, weight.n), x.dtype) for weight in weights]
+        outputs, narrow = add_by_xla(rows, none, own)
     elif _are_few(rows, all_):
-        outputs = _few_tokens(rows, all_, x.dtype)
-        narrow = [None if a is None else narrow_product(rows, a) for a in own]
-        outputs = with_shares(outputs, own, narrow)
+        outputs, narrow = add_by_xla(rows, _few_tokens(rows, all_, x.dtype), own)
     else:
         outputs, narrow = linear_group(rows, all_, own)
-    none = jnp.zeros((rows.shape[0], 0), x.dtype)
-    kept = [none if u is None else u for u in narrow]
-    return _with_axes(outputs, leading), _with_axes(kept, leading)
+    return _with_axes(outputs, leading), _with_axes(narrow, leading)
 
 
 def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
@@ -99,7 +94,7 @@ def linear_transposed(
     Summed in float32, rounded once.
     """
     none = (None,) * len(weights)
-    return transposed_with_adapters(None, gradients, weights, none, none)[0]
+    return transposed_with_adapters(None, gradients, weights, none, ())[0]
 
 
 def transposed_with_adapters(
@@ -107,15 +102,16 @@ def transposed_with_adapters(
     gradients: Sequence[jax.Array],
     weights: Sequence[TernaryWeight],
     adapters: Sequence[LowRank | None],
-    narrow: Sequence[jax.Array | None],
+    narrow: Sequence[jax.Array],
     *,
     bits: int = 16,
-    base: jax.Array | None = None,
+    products: Sequence[jax.Array] | None = None,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array] | None]]:
     """The gradients of :func:`linear_with_adapters`: by ``x``, and by A and B (float32).
 
-    ``x`` is not read where there are no adapters. ``base`` is :func:`linear_transposed` where that
-    has been computed; ``bits`` are those of fixed-point numbers, which aren't used here.
+    ``x`` is not read where there are no adapters. ``products`` are the gradients' with codes,
+    not scaled, where they have been computed. Fixed-point numbers, whose ``bits`` these are, aren't
+    used here.
     """
     del bits
     for g in gradients:
@@ -133,8 +129,8 @@ def transposed_with_adapters(
         tuple(rows),
         tuple(weights),
         tuple(adapters),
-        [None if u is None else u.reshape(len(rows[0]), u.shape[-1]) for u in narrow],
-        None if base is None else base.reshape(-1, k),
+        [u.reshape(len(rows[0]), u.shape[-1]) for u in narrow],
+        None if products is None else [p.reshape(-1, k) for p in products],
     )
     return dx.reshape(*leading, k), pairs
 

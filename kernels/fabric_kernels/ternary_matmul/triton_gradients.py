@@ -20,6 +20,7 @@ from fabric_kernels.low_rank import LowRank
 from fabric_kernels.packing import Packing
 from fabric_kernels.ternary_matmul.triton_call import Mode
 from fabric_kernels.ternary_matmul.triton_kernels import (
+    Columns,
     Ref,
     Share,
     Tile,
@@ -33,7 +34,7 @@ from fabric_kernels.ternary_matmul.triton_kernels import (
     store,
     sum_rows,
 )
-from fabric_kernels.ternary_matmul.triton_quantize import NarrowTile, narrow_products
+from fabric_kernels.ternary_matmul.triton_quantize import NarrowTile, narrow_products, side_by_side
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def over_outputs(
     *,
     packing: Packing,
     mode: Mode,
-) -> tuple[jax.Array | None, list[jax.Array | None]]:
+) -> tuple[jax.Array | None, jax.Array]:
     """Products with codes and with adapters' B^T, which run over a matrix's outputs.
 
     Args:
@@ -102,28 +103,27 @@ def over_outputs(
         mode: what runs it.
 
     Returns:
-        Parts of ``sum scale · (g · codes)``, float32 [P, M, k]; and for each adapter
-        ``scale · g · B^T``, [M, R] in g's dtype.
+        Parts of ``sum scale · (g · codes)``, float32 [P, M, k]; and ``scale · g · B^T`` of the
+        adapters side by side, [M, sum R] in g's dtype.
     """
     m = gradients[0].shape[0]
     lengths = [parts.of(g.shape[1]) if parts else 0 for g in gradients]
-    present = [(g, one) for g, one in zip(gradients, adapters, strict=True) if one is not None]
+    present = [one for one in adapters if one is not None]
+    ranks = [one.b.shape[0] for one in present]
+    dtype = gradients[0].dtype
     shapes = [jax.ShapeDtypeStruct((sum(lengths), m, k), jnp.float32)] if parts else []
-    shapes += [jax.ShapeDtypeStruct((m, one.b.shape[0]), g.dtype) for g, one in present]
-    own = [i for i, one in enumerate(adapters) if one is not None]
+    shapes += [jax.ShapeDtypeStruct((m, sum(ranks)), dtype)] if present else []
 
     def programs(matrices: Any, part: int) -> int:
         assert parts
         return lengths[part] * _tiles(m, matrices[part][0].shape[2], parts.tile)
 
     def kernel(gradients: Any, matrices: Any, b: Any, *outputs: Ref) -> None:
-        narrow = outputs[1:] if parts else outputs
+        members = [g for g, one in zip(gradients, adapters, strict=True) if one is not None]
+        narrow = side_by_side(outputs[-1], ranks)
         work: list[Any] = []
-        for i, out, b_ref in zip(own, narrow, b, strict=True):
-            adapter = adapters[i]
-            assert adapter is not None
-            members = [(b_ref, out, adapter.scale)]
-            body = partial(narrow_products, gradients[i], members, tile)
+        for g, out, b_ref, adapter in zip(members, narrow, b, present, strict=True):
+            body = partial(narrow_products, g, [(b_ref, out, adapter.scale)], tile)
             work.append((pl.cdiv(m, tile.m), body))
         for i, matrix in enumerate(matrices if parts else ()):
             assert parts
@@ -146,10 +146,8 @@ def over_outputs(
         else plgpu.CompilerParams(num_warps=4, num_stages=tile.stages),
         interpret=mode == "interpret",
         name="ternary_over_outputs",
-    )(list(gradients), list(matrices) if parts else [], [one.b for _, one in present])
-    narrow: list[jax.Array | None] = [None] * len(adapters)
-    for i, value in zip(own, outputs[1:] if parts else outputs, strict=True):
-        narrow[i] = value
+    )(list(gradients), list(matrices) if parts else [], [one.b for one in present])
+    narrow = outputs[-1] if present else jnp.zeros((m, 0), dtype)
     return outputs[0] if parts else None, narrow
 
 
@@ -182,13 +180,17 @@ def _part(
         store(out, value * factor, token, at, limit, lead=(first + part,))
 
 
-Sum = tuple[jax.Array, Sequence[Share]]
-"""Floats [P, M, C], and low-rank products [M, C] to be added to their sum."""
+Factor = tuple[jax.Array, jax.Array]
+"""Scale float32 [L] or [1], and layer int32 [1]."""
+Sum = tuple[Sequence[tuple[jax.Array, Factor | None]], Sequence[Share]]
+"""Floats [P, M, C] with what multiplies them, and low-rank products [M, C]: all is added up."""
+Pair = tuple[Sequence[Columns], jax.Array]
+"""Narrow floats [M, R] each, and [M, C] that they all are multiplied with."""
 
 
 def add_up(
     sums: Sequence[Sum],
-    pairs: Sequence[tuple[Sequence[jax.Array], jax.Array]],
+    pairs: Sequence[Pair],
     tile: SumTile,
     *,
     dtype: Any,
@@ -197,8 +199,9 @@ def add_up(
     """Sums of parts and low-rank products, and narrow products over tokens.
 
     Args:
-        sums: what is added up; one part alone in ``dtype`` is written where it lies.
-        pairs: narrow floats [M, R], and [M, C] that they all are multiplied with.
+        sums: what is added up in float32; written over the first term where that has one part and
+            is of ``dtype``.
+        pairs: what is multiplied.
         tile: sizes.
         dtype: of the sums.
         mode: what runs it.
@@ -207,27 +210,26 @@ def add_up(
         The sums [M, C], and ``narrow^T · wide`` float32 [R, C] for each narrow of each pair.
     """
     count = pl.cdiv(pairs[0][1].shape[0], tile.most) if pairs else 1
-    shapes = [jax.ShapeDtypeStruct((1, *parts.shape[1:]), dtype) for parts, _ in sums]
-    in_place = {
-        i: i for i, (parts, _) in enumerate(sums) if len(parts) == 1 and parts.dtype == dtype
-    }
+    firsts = [terms[0][0] for terms, _ in sums]
+    shapes = [jax.ShapeDtypeStruct((1, *parts.shape[1:]), dtype) for parts in firsts]
+    in_place = {i: i for i, parts in enumerate(firsts) if len(parts) == 1 and parts.dtype == dtype}
     for narrow, wide in pairs:
         for u in narrow:
-            shapes.append(jax.ShapeDtypeStruct((count, u.shape[1], wide.shape[1]), jnp.float32))
+            shapes.append(jax.ShapeDtypeStruct((count, u.count, wide.shape[1]), jnp.float32))
 
-    def kernel(parts: Any, shares: Any, pairs: Any, *outputs: Ref) -> None:
+    def kernel(firsts: Any, sums: Any, pairs: Any, *outputs: Ref) -> None:
         left = list(outputs)
         work: list[Any] = []
-        for one, own in zip(parts, shares, strict=True):
-            body = partial(_sum, one, own, left.pop(0), tile)
-            work.append((_sum_programs(one, tile), body))
+        for first, (factor, more, shares) in zip(firsts, sums, strict=True):
+            body = partial(_sum, [(first, factor), *more], shares, left.pop(0), tile)
+            work.append((_sum_programs(first, tile), body))
         for narrow, wide in pairs:
             own, left = left[: len(narrow)], left[len(narrow) :]
             body = partial(_over_tokens, narrow, wide, own, tile)
             work.append((count * pl.cdiv(wide.shape[1], tile.columns), body))
         run_parts(work)
 
-    programs = sum(_sum_programs(parts, tile) for parts, _ in sums)
+    programs = sum(_sum_programs(parts, tile) for parts in firsts)
     programs += count * sum(pl.cdiv(wide.shape[1], tile.columns) for _, wide in pairs)
     outputs = pl.pallas_call(
         kernel,
@@ -238,8 +240,8 @@ def add_up(
         interpret=mode == "interpret",
         name="ternary_add_up",
     )(
-        [parts for parts, _ in sums],
-        [list(shares) for _, shares in sums],
+        firsts,
+        [(terms[0][1], list(terms[1:]), list(shares)) for terms, shares in sums],
         [(list(narrow), wide) for narrow, wide in pairs],
     )
     totals = [y[0] for y in outputs[: len(sums)]]
@@ -255,28 +257,37 @@ def _sum_programs(parts: Any, tile: SumTile) -> int:
     return pl.cdiv(parts.shape[1], tile.m) * pl.cdiv(parts.shape[2], tile.columns)
 
 
-def _sum(parts: Ref, shares: Any, out: Ref, tile: SumTile, program: jax.Array) -> None:
+def _sum(
+    terms: Sequence[tuple[Ref, tuple[Ref, Ref] | None]],
+    shares: Sequence[tuple[Columns, Ref]],
+    out: Ref,
+    tile: SumTile,
+    program: jax.Array,
+) -> None:
     across = pl.cdiv(out.shape[2], tile.columns)
     row, column = lax.div(program, across) * tile.m, lax.rem(program, across) * tile.columns
     shape = (tile.m, tile.columns)
-    # All at once: what follows on a load waits for memory.
+    # All loads come first: what follows on one waits for memory.
     values = [
-        load(parts, (row, column), shape, lead=(i,)).astype(jnp.float32)
-        for i in range(parts.shape[0])
+        [load(parts, (row, column), shape, lead=(i,)) for i in range(parts.shape[0])]
+        for parts, _ in terms
     ]
-    y = sum(values[1:], values[0])
+    y = jnp.zeros(shape, jnp.float32)
+    for own, (_, factor) in zip(values, terms, strict=True):
+        part = sum((value.astype(jnp.float32) for value in own[1:]), own[0].astype(jnp.float32))
+        y = y + (part if factor is None else part * scale_at(factor[0], factor[1][0]))
     for share in shares:
         y = y + share_at(share, (row, column), shape)
     store(out, y.astype(out.dtype), row, column, lead=(0,))
 
 
 def _over_tokens(
-    narrow: Sequence[Ref], wide: Ref, outputs: Sequence[Ref], tile: SumTile, program: jax.Array
+    narrow: Sequence[Columns], wide: Ref, outputs: Sequence[Ref], tile: SumTile, program: jax.Array
 ) -> None:
     """Columns of ``narrow^T · wide`` over one part of the tokens."""
     count = outputs[0].shape[0]
     part, column = lax.rem(program, count), lax.div(program, count) * tile.columns
-    ranks = [padded_rank(u.shape[1]) for u in narrow]
+    ranks = [padded_rank(u.count) for u in narrow]
     steps = pl.cdiv(min(tile.most, wide.shape[0]), tile.tokens)
     rows = count * steps * tile.tokens
 
@@ -284,8 +295,8 @@ def _over_tokens(
         at = (part * steps + i) * tile.tokens
         block = load(wide, (at, column), (tile.tokens, tile.columns), (rows, 0))
         return [
-            total + contract(load(u, (at, 0), (tile.tokens, rank), (rows, 0)), block, (0, 0))
-            for total, u, rank in zip(totals, narrow, ranks, strict=True)
+            total + contract(u.load(at, tile.tokens, rows), block, (0, 0))
+            for total, u in zip(totals, narrow, strict=True)
         ]
 
     zero = [jnp.zeros((rank, tile.columns), jnp.float32) for rank in ranks]

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.low_rank import LowRank, contract_with
@@ -36,28 +37,25 @@ MAX_RANK = 128
 
 Weights = tuple[TernaryWeight, ...]
 Adapters = tuple[LowRank | None, ...]
-Narrow = list[jax.Array | None]
+Narrow = list[jax.Array]
+"""``scale · x · A^T``: of the adapters up to ``MAX_RANK`` side by side, [M, sum R]; then of each of
+the others, [M, R]."""
 Pair = tuple[jax.Array, jax.Array]
 
 
 def linear_group(
     x: jax.Array, weights: Weights, adapters: Adapters
 ) -> tuple[list[jax.Array], Narrow]:
-    """Outputs [M, N] for ``x`` [M, K], and ``scale · x · A^T`` [M, R]; M is not 0."""
+    """Outputs [M, N] for ``x`` [M, K], and what the backward pass reads; M is not 0."""
 
-    def call(x: jax.Array, weights: Weights, adapters: Adapters, *, mode: Mode) -> Any:
+    def call(x: jax.Array, weights: Weights, small: Adapters, *, mode: Mode) -> Any:
         m, width = x.shape[0], width_of(weights[0])
-        int8 = jnp.dtype(jnp.int8)
-        tile = product_tile(m, min(w.n for w in weights), width, int8)
+        tile = product_tile(m, min(w.n for w in weights), width, jnp.dtype(jnp.int8))
         layout = group_kernels()[0].Layout(
             m + -m % tile.m, width + -width % tile.w, weights[0].packing, width
         )
-        codes, sums, factors, narrow = quantized(x, weights, adapters, layout, mode=mode)
+        codes, sums, factors, narrow = _quantized(x, weights, small, layout, mode)
         packed, _, layers = zip(*(stack_of(w) for w in weights), strict=True)
-        shares = [
-            None if one is None or u is None else (u, one.b)
-            for one, u in zip(_small(adapters), narrow, strict=True)
-        ]
         outputs = kernels()[0].products(
             codes,
             packed,
@@ -68,52 +66,46 @@ def linear_group(
             mode=mode,
             sums=sums,
             factors=factors,
-            shares=shares,
+            shares=_shares(narrow, small, "b"),
             dtype=x.dtype,
         )
         return list(outputs), narrow
 
-    outputs, narrow = on_platform(call, x, weights, adapters)
-    return with_shares(outputs, _large(adapters), narrow), narrow
+    outputs, narrow = on_platform(call, x, weights, _small(adapters))
+    return _with_large(x, outputs, adapters, narrow)
 
 
 def quantized_rows(
     x: jax.Array, weights: Weights, adapters: Adapters, rows: int, columns: int
-) -> tuple[jax.Array, list[jax.Array], Narrow]:
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
     """Codes int8 [rows, columns], zeros past K; a factor [rows] for each matrix; narrow products.
 
-    Rows past those of ``x`` [M, K] may be anything.
+    Rows past those of ``x`` [M, K] may be anything. Narrow are those of adapters up to
+    ``MAX_RANK``.
     """
 
-    def call(x: jax.Array, weights: Weights, adapters: Adapters, *, mode: Mode) -> Any:
+    def call(x: jax.Array, weights: Weights, small: Adapters, *, mode: Mode) -> Any:
         layout = group_kernels()[0].Layout(rows, columns, None, width_of(weights[0]))
-        codes, _, factors, narrow = quantized(x, weights, adapters, layout, mode=mode)
+        codes, _, factors, narrow = _quantized(x, weights, small, layout, mode)
         return codes, factors, narrow
 
-    return on_platform(call, x, weights, adapters)
+    return on_platform(call, x, weights, _small(adapters))
 
 
-def quantized(
-    x: jax.Array, weights: Weights, adapters: Adapters, layout: Any, *, mode: Mode
-) -> tuple[jax.Array, jax.Array, list[jax.Array], Narrow]:
-    """Codes, sums and factors as ``triton_quantize.quantize``, and all narrow products."""
-    quantize = group_kernels()[0].quantize
+def _quantized(
+    x: jax.Array, weights: Weights, small: Adapters, layout: Any, mode: Mode
+) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array]:
     if mode == "rocm":
-        return _quantized_by_xla(x, weights, adapters, layout)
-    small = [one for one in _small(adapters) if one is not None]
+        return _quantized_by_xla(x, weights, small, layout)
+    own = [one for one in small if one is not None]
     scales = [stack_of(w)[1:] for w in weights]
-    tile = narrow_tile(x.shape[0], [one.a.shape[0] for one in small], x.dtype, shared=True)
-    codes, sums, factors, own = quantize(x, small, scales, layout, tile, mode=mode)
-    narrow = [
-        own.pop(0) if is_small(one) else None if one is None else narrow_product(x, one)
-        for one in adapters
-    ]
-    return codes, sums, factors, narrow
+    tile = narrow_tile(x.shape[0], [one.a.shape[0] for one in own], x.dtype, shared=True)
+    return group_kernels()[0].quantize(x, own, scales, layout, tile, mode=mode)
 
 
 def _quantized_by_xla(
-    x: jax.Array, weights: Weights, adapters: Adapters, layout: Any
-) -> tuple[jax.Array, jax.Array, list[jax.Array], Narrow]:
+    x: jax.Array, weights: Weights, small: Adapters, layout: Any
+) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array]:
     """The same where a kernel's division and rounding aren't exact."""
     codes, scale = absmax_quantize(x)
     bottom = (0, layout.rows - x.shape[0])
@@ -124,8 +116,9 @@ def _quantized_by_xla(
         codes = jnp.pad(codes, (bottom, (0, layout.columns - codes.shape[1])))
     else:
         codes = planes_of(codes, weights[0], layout.rows, layout.columns)
-    narrow = [None if one is None else narrow_product(x, one) for one in adapters]
-    return codes, sums, factors, narrow
+    narrow = [narrow_product(x, one) for one in small if one is not None]
+    none = jnp.zeros((x.shape[0], 0), x.dtype)
+    return codes, sums, factors, jnp.concatenate(narrow or [none], axis=1)
 
 
 def transposed_group(
@@ -133,33 +126,32 @@ def transposed_group(
     gradients: tuple[jax.Array, ...],
     weights: Weights,
     adapters: Adapters,
-    narrow: Sequence[jax.Array | None],
-    base: jax.Array | None = None,
+    narrow: Sequence[jax.Array],
+    products: Sequence[jax.Array] | None = None,
 ) -> tuple[jax.Array, list[Pair | None]]:
-    """The gradient by x [M, K], and by A and B of each adapter in float32; M is not 0.
+    """The gradients by x [M, K], and by A and B of each adapter in float32; M is not 0.
 
     Args:
         x: [M, K], or None where there are no adapters.
         gradients: [M, N] each.
         weights: of each.
         adapters: of each, or None.
-        narrow: what ``linear_group`` returned.
-        base: ``sum scale · (g · codes)`` [M, K] where it has been computed.
+        narrow: what the forward call returned.
+        products: ``g · codes`` [M, K] of each where they have been computed.
     """
-    own = [u for u, one in zip(narrow, adapters, strict=True) if is_small(one)]
 
-    def call(x: Any, gradients: Any, weights: Any, small: Any, own: Any, base: Any, *, mode: Mode):
-        return _transposed(x, gradients, weights, small, own, base, mode)
+    def call(*args: Any, mode: Mode) -> Any:
+        return _transposed(*args, mode=mode)
 
-    dx, pairs = on_platform(call, x, gradients, weights, _small(adapters), own, base)
-    for i, one in enumerate(adapters):
-        if one is not None and not is_small(one):
-            u = narrow[i]
+    small, large = _small(adapters), _large(adapters)
+    own, others = list(narrow[:1]), list(narrow[1:])
+    dx, pairs = on_platform(call, x, gradients, weights, small, own, products)
+    for i, one in enumerate(large):
+        if one is not None:
             assert x is not None
-            assert u is not None
             back = _times(contract_with(gradients[i], one.b, 1), one.scale)
             dx = dx + contract_with(back, one.a, 0)
-            pairs[i] = (_over_tokens(back, x), _over_tokens(u, gradients[i]))
+            pairs[i] = (_over_tokens(back, x), _over_tokens(others.pop(0), gradients[i]))
     return dx, pairs
 
 
@@ -167,56 +159,53 @@ def _transposed(
     x: Any,
     gradients: Sequence[jax.Array],
     weights: Weights,
-    adapters: Adapters,
+    small: Adapters,
     narrow: Sequence[jax.Array],
-    base: jax.Array | None,
+    products: Sequence[jax.Array] | None,
+    *,
     mode: Mode,
 ) -> tuple[jax.Array, list[Pair | None]]:
-    first, module = gradients[0], group_kernels()[1]
-    m, width, k = first.shape[0], width_of(weights[0]), weights[0].k
-    present = [one for one in adapters if one is not None]
-    parts = None
-    if base is None:
-        parts = transposed_parts(m, [w.n for w in weights], width, first.dtype)
-    back: Narrow = [None] * len(weights)
-    total = None if base is None else base[None]
+    dtype, module = gradients[0].dtype, group_kernels()[1]
+    m, width, packing = gradients[0].shape[0], width_of(weights[0]), weights[0].packing
+    present = [one for one in small if one is not None]
+    parts, terms = None, []
+    if products is None:
+        parts = transposed_parts(m, [w.n for w in weights], width, dtype)
+    else:
+        factors = [stack_of(w)[1:] for w in weights]
+        terms = [(p[None], factor) for p, factor in zip(products, factors, strict=True)]
+    back = None
     if parts or present:
-        tile = narrow_tile(m, [one.b.shape[0] for one in present], first.dtype, shared=False)
+        tile = narrow_tile(m, [one.b.shape[0] for one in present], dtype, shared=False)
         matrices = [stack_of(w) for w in weights]
-        packing = weights[0].packing
         some, back = module.over_outputs(
-            gradients, matrices, adapters, k, parts, tile, packing=packing, mode=mode
+            gradients, matrices, small, weights[0].k, parts, tile, packing=packing, mode=mode
         )
-        total = total if some is None else some
-    shares = [(u, one.a) for u, one in zip(back, adapters, strict=True) if u is not None and one]
-    dx = None
-    if total is None:
-        dx = _in_turn(gradients, weights, shares, mode)
-    pairs = []
+        terms = terms if some is None else [(some, None)]
+    shares = _shares(back, small, "a")
+    dx = None if terms else _in_turn(gradients, weights, shares, mode)
+    pairs: list[Any] = []
     if present:
-        pairs = [([u for u in back if u is not None], x)]
-        members = [g for g, one in zip(gradients, adapters, strict=True) if one is not None]
-        pairs += [([u], g) for u, g in zip(narrow, members, strict=True)]
-    if total is not None or pairs:
-        sums = [] if total is None else [(total, shares)]
-        tile = sum_tile(m, first.dtype)
-        sums, products = module.add_up(sums, pairs, tile, dtype=first.dtype, mode=mode)
-        dx = sums[0] if sums else dx
+        pairs = [(_columns(back, small), x)]
+        wide = [g for g, one in zip(gradients, small, strict=True) if one is not None]
+        pairs += [([u], g) for u, g in zip(_columns(narrow[0], small), wide, strict=True)]
+    found: list[list[jax.Array]] = []
+    if terms or pairs:
+        sums = [(terms, [share for share in shares if share is not None])] if terms else []
+        totals, found = module.add_up(sums, pairs, sum_tile(m, dtype), dtype=dtype, mode=mode)
+        dx = totals[0] if terms else dx
     assert dx is not None
-    of_adapters: list[Pair | None] = []
-    done = 0
-    for one in adapters:
-        of_adapters.append(None if one is None else (products[0][done], products[1 + done][0]))
-        done += one is not None
-    return dx, of_adapters
+    order = iter(range(len(present)))
+    places = [None if one is None else next(order) for one in small]
+    return dx, [None if i is None else (found[0][i], found[1 + i][0]) for i in places]
 
 
 def _in_turn(
     gradients: Sequence[jax.Array], weights: Weights, shares: Sequence[Any], mode: Mode
 ) -> jax.Array:
-    """A launch for each matrix, which adds to what was before; the first ones add a share too."""
+    """A launch for each matrix, which adds to what was before."""
     total: jax.Array | None = None
-    for i, (g, weight) in enumerate(zip(gradients, weights, strict=True)):
+    for i, (g, weight, share) in enumerate(zip(gradients, weights, shares, strict=True)):
         packed, scale, layer = stack_of(weight)
         last = i == len(weights) - 1
         total = kernels()[0].transposed(
@@ -229,59 +218,87 @@ def _in_turn(
             mode=mode,
             scale=scale,
             before=total,
-            share=shares[i] if i < len(shares) else None,
+            share=share,
             dtype=gradients[0].dtype if last else jnp.dtype(jnp.float32),
         )
     assert total is not None
     return total
 
 
-# ---- adapters beside the kernels ---------------------------------------------------------------
+# ---- adapters ----------------------------------------------------------------------------------
 
 
-def is_small(adapter: LowRank | None) -> bool:
-    """Whether the kernels take it."""
+def _is_small(adapter: LowRank | None) -> bool:
     return adapter is not None and adapter.a.shape[0] <= MAX_RANK
 
 
 def _small(adapters: Adapters) -> Adapters:
-    return tuple(one if is_small(one) else None for one in adapters)
-
-
-def with_shares(
-    outputs: Sequence[jax.Array], adapters: Adapters, narrow: Sequence[jax.Array | None]
-) -> list[jax.Array]:
-    """Outputs with the adapters' shares, by XLA."""
-    return [
-        y if one is None or u is None else y + contract_with(u, one.b, 0)
-        for y, one, u in zip(outputs, adapters, narrow, strict=True)
-    ]
+    """Those that the kernels take."""
+    return tuple(one if _is_small(one) else None for one in adapters)
 
 
 def _large(adapters: Adapters) -> Adapters:
-    return tuple(None if is_small(one) else one for one in adapters)
+    return tuple(None if _is_small(one) else one for one in adapters)
+
+
+def _columns(narrow: Any, small: Adapters) -> list[Any]:
+    """The columns of each adapter that there is."""
+    ranks = [one.a.shape[0] for one in small if one is not None]
+    return group_kernels()[0].side_by_side(narrow, ranks)
+
+
+def _shares(narrow: Any, small: Adapters, name: str) -> list[Any]:
+    """Low-rank products with A or B, None where there is no adapter."""
+    columns = iter(_columns(narrow, small))
+    return [None if one is None else (next(columns), getattr(one, name)) for one in small]
 
 
 def add_shares(
-    outputs: Sequence[jax.Array],
-    adapters: Adapters,
-    narrow: Sequence[jax.Array | None],
-    dtype: jnp.dtype,
-) -> list[jax.Array]:
-    """Outputs [M, N] of a product without adapters, with their shares, in one launch."""
-    chosen = [i for i, one in enumerate(adapters) if is_small(one)]
+    x: jax.Array, outputs: Sequence[jax.Array], adapters: Adapters, narrow: jax.Array
+) -> tuple[list[jax.Array], Narrow]:
+    """Outputs [M, N] with the adapters' shares in the dtype of ``x``, and all narrow products."""
 
-    def call(outputs: Any, small: Any, own: Any, *, mode: Mode) -> Any:
-        sums = [(y[None], [(u, one.b)]) for y, one, u in zip(outputs, small, own, strict=True)]
-        tile = sum_tile(outputs[0].shape[0], dtype)
-        return group_kernels()[1].add_up(sums, [], tile, dtype=dtype, mode=mode)[0]
+    def call(outputs: Any, small: Any, narrow: Any, *, mode: Mode) -> Any:
+        shares = _shares(narrow, small, "b")
+        sums = [
+            ([(y[None], None)], [share])
+            for y, share in zip(outputs, shares, strict=True)
+            if share is not None
+        ]
+        tile = sum_tile(len(x), x.dtype)
+        added = iter(group_kernels()[1].add_up(sums, [], tile, dtype=x.dtype, mode=mode)[0])
+        return [y if s is None else next(added) for y, s in zip(outputs, shares, strict=True)]
 
-    result = list(outputs)
-    if chosen:
-        picked = ([all_[i] for i in chosen] for all_ in (outputs, adapters, narrow))
-        for i, y in zip(chosen, on_platform(call, *picked), strict=True):
-            result[i] = y
-    return with_shares([y.astype(dtype) for y in result], _large(adapters), narrow)
+    small = _small(adapters)
+    if any(one is not None for one in small):
+        outputs = on_platform(call, list(outputs), small, narrow)
+    return _with_large(x, [y.astype(x.dtype) for y in outputs], adapters, narrow)
+
+
+def _with_large(
+    x: jax.Array, outputs: Sequence[jax.Array], adapters: Adapters, narrow: jax.Array
+) -> tuple[list[jax.Array], Narrow]:
+    """The shares that the kernels don't make added."""
+    result, all_narrow = list(outputs), [narrow]
+    for i, one in enumerate(_large(adapters)):
+        if one is not None:
+            all_narrow.append(narrow_product(x, one))
+            result[i] = result[i] + contract_with(all_narrow[-1], one.b, 0)
+    return result, all_narrow
+
+
+def add_by_xla(
+    x: jax.Array, outputs: Sequence[jax.Array], adapters: Adapters
+) -> tuple[list[jax.Array], Narrow]:
+    """The same without kernels."""
+    small = _small(adapters)
+    own = [narrow_product(x, one) for one in small if one is not None]
+    narrow = jnp.concatenate(own or [jnp.zeros((len(x), 0), x.dtype)], axis=1)
+    result = [
+        y if one is None else y + contract_with(own.pop(0), one.b, 0)
+        for y, one in zip(outputs, small, strict=True)
+    ]
+    return _with_large(x, result, adapters, narrow)
 
 
 def narrow_product(x: jax.Array, adapter: LowRank) -> jax.Array:
@@ -294,10 +311,10 @@ def _times(x: jax.Array, scale: float) -> jax.Array:
 
 
 def _over_tokens(narrow: jax.Array, wide: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(
+    return lax.dot_general(
         narrow,
         wide,
         (((0,), (0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if wide.dtype == jnp.float32 else None,
+        precision=lax.Precision.HIGHEST if wide.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )

@@ -8,7 +8,7 @@ Every kernel reads a stack [L, N, W] at a layer that it loads itself, so no laye
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,42 @@ from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE, Packing
 from fabric_kernels.ternary_matmul.triton_call import Mode
 
 Ref = Any
-Share = tuple[jax.Array, jax.Array]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["start", "count"])
+@dataclass(frozen=True)
+class Columns:
+    """Columns of an array: the narrow products of all adapters of a group are one.
+
+    Attributes:
+        values: floats [M, S].
+        start: the first column.
+        count: of them, the rank of an adapter.
+    """
+
+    values: Any
+    start: int = field(metadata={"static": True})
+    count: int = field(metadata={"static": True})
+
+    def load(self, row: Any, rows: int, within: int = 0) -> jax.Array:
+        """So many rows of them, zeros up to a rank that matrix units take.
+
+        ``within`` is what rows of blocks stay within, where that may be more than M.
+        """
+        m, rank = self.values.shape[0], padded_rank(self.count)
+        at = self.values.at[pl.ds(row, rows), pl.ds(jnp.int32(self.start), rank)]
+        if rank == self.count and m % rows == 0 and within <= m:
+            return plgpu.load(at)
+        mask = inside(self.values, (rows, rank), row, self.start, self.start + self.count)
+        return plgpu.load(at, mask=mask, other=jnp.zeros((), self.values.dtype))
+
+    def store(self, value: jax.Array, row: Any) -> None:
+        """Rows of them, from columns that may be padded."""
+        limit = None if value.shape[1] == self.count else self.start + self.count
+        store(self.values, value.astype(self.values.dtype), row, jnp.int32(self.start), limit)
+
+
+Share = tuple[Columns, jax.Array]
 """A low-rank product: floats [M, R], and [R, C] of any float dtype."""
 
 # A field in the low bits of a float's mantissa is base + field; less base + 1 it is the code.
@@ -226,7 +261,7 @@ def products(
         mode: what runs it.
         sums: for int8, of the codes of a token, int32 [M'].
         factors: what multiplies each token of each product, float32 [M'].
-        shares: low-rank products to be added, floats u [m, R] and b [R, N]: ``u · b``.
+        shares: low-rank products [m, N] to be added.
         dtype: of the results.
 
     Returns:
@@ -265,7 +300,7 @@ def _product(
     layer: Ref,
     packed: Ref,
     factor: Ref | None,
-    share: tuple[Ref, Ref] | None,
+    share: tuple[Columns, Ref] | None,
     out: Ref,
     tile: Tile,
     packing: Packing,
@@ -294,10 +329,8 @@ def _product(
     if factor is not None:
         total = total.astype(jnp.float32) * factor[tokens][None, :]
     if share is not None:
-        u, b = share
-        rank = padded_rank(u.shape[1])
-        narrow = load(u, (token, 0), (tile.m, rank))
-        wide = load(b, (0, row), (rank, tile.n)).astype(u.dtype)
+        narrow = share[0].load(token, tile.m)
+        wide = load(share[1], (0, row), (narrow.shape[1], tile.n)).astype(narrow.dtype)
         total = total + contract(wide, narrow, (0, 1))
     store(out, total.astype(out.dtype).T, token, row)
 
@@ -363,7 +396,7 @@ def transposed(
         g: Ref,
         scale: Ref | None,
         before: Ref | None,
-        share: tuple[Ref, Ref] | None,
+        share: tuple[Columns, Ref] | None,
         out: Ref,
     ) -> None:
         column, token = pl.program_id(0) * tile.w, pl.program_id(1) * tile.m
@@ -378,7 +411,7 @@ def transposed(
                 where = before.at[pl.ds(token, y.shape[0]), pl.ds(at, y.shape[1])]
                 y = y + plgpu.load(where, mask=mask, other=jnp.float32(0))
             if share is not None:
-                y = y + share_at(share, (token, at), y.shape)
+                y = y + share_at(share, (token, at), (tile.m, y.shape[1]))
             store(out, y.astype(out.dtype), token, at, limit)
 
     return pl.pallas_call(
@@ -391,16 +424,17 @@ def transposed(
     )(layer, packed, g, scale, before, share)
 
 
-def share_at(share: tuple[Ref, Ref], start: tuple[Any, Any], shape: tuple[int, int]) -> jax.Array:
-    """A block of ``u · b`` in float32; any value past the columns of b."""
-    u, b = share
-    rank = padded_rank(u.shape[1])
-    narrow = load(u, (start[0], 0), (shape[0], rank))
+def share_at(
+    share: tuple[Columns, Ref], start: tuple[Any, Any], shape: tuple[int, int]
+) -> jax.Array:
+    """A block of a low-rank product in float32; any value past its columns."""
+    narrow, b = share[0].load(start[0], shape[0]), share[1]
+    rank = narrow.shape[1]
     where = b.at[pl.ds(0, rank), pl.ds(start[1], shape[1])]
     wide = plgpu.load(
         where, mask=inside(b, (rank, shape[1]), 0, start[1]), other=jnp.zeros((), b.dtype)
     )
-    return contract(narrow, wide.astype(u.dtype), (1, 0))
+    return contract(narrow, wide.astype(narrow.dtype), (1, 0))
 
 
 def sum_rows(

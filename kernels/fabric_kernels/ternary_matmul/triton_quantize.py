@@ -21,12 +21,12 @@ from fabric_kernels.low_rank import LowRank
 from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE, Packing
 from fabric_kernels.ternary_matmul.triton_call import Mode
 from fabric_kernels.ternary_matmul.triton_kernels import (
+    Columns,
     Ref,
     contract,
     load,
     padded_rank,
     scale_at,
-    store,
 )
 
 
@@ -98,7 +98,7 @@ def quantize(
     tile: NarrowTile,
     *,
     mode: Mode,
-) -> tuple[jax.Array, jax.Array, list[jax.Array], list[jax.Array]]:
+) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array]:
     """``absmax_quantize``, and ``scale · x · A^T`` of adapters.
 
     Args:
@@ -111,7 +111,8 @@ def quantize(
 
     Returns:
         Codes int8 in ``layout``; their sums int32 [rows]; for each matrix what multiplies a token
-        of its product, float32 [rows]; and the narrow products, [M, R] in x's dtype.
+        of its product, float32 [rows]; and the narrow products side by side, [M, sum R] in x's
+        dtype.
     """
     m = x.shape[0]
     blocks = pl.cdiv(m, tile.m)
@@ -120,7 +121,8 @@ def quantize(
     parts = [range(many)] if tile.together and many else [range(i, i + 1) for i in range(many)]
 
     def kernel(x: Ref, a: Any, scales: Any, *outputs: Ref) -> None:
-        codes, sums, factors, narrow = *outputs[:2], outputs[2 : 2 + count], outputs[2 + count :]
+        codes, sums, *factors = outputs[: 2 + count]
+        narrow = side_by_side(outputs[-1], [a_ref.shape[0] for a_ref in a])
         turns = tile.m + len(parts)
         at, turn = lax.div(pl.program_id(0), turns), lax.rem(pl.program_id(0), turns)
         for i, part in enumerate(parts):
@@ -133,7 +135,8 @@ def quantize(
 
     shapes = [(layout.shape, jnp.int8), ((layout.rows,), jnp.int32)]
     shapes += [((layout.rows,), jnp.float32)] * count
-    shapes += [((m, one.a.shape[0]), x.dtype) for one in adapters]
+    ranks = sum(one.a.shape[0] for one in adapters)
+    shapes += [((m, ranks), x.dtype)] if ranks else []
     codes, sums, *rest = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
@@ -144,11 +147,16 @@ def quantize(
         interpret=mode == "interpret",
         name="ternary_quantize_group",
     )(x, [one.a for one in adapters], list(scales))
-    return codes, sums, rest[:count], rest[count:]
+    return codes, sums, rest[:count], rest[-1] if ranks else jnp.zeros((m, 0), x.dtype)
+
+
+def side_by_side(values: Any, ranks: Sequence[int]) -> list[Columns]:
+    """The narrow product of each adapter in the array of all."""
+    return [Columns(values, sum(ranks[:i]), rank) for i, rank in enumerate(ranks)]
 
 
 def narrow_products(
-    x: Ref, members: Sequence[tuple[Ref, Ref, float]], tile: NarrowTile, block: jax.Array
+    x: Ref, members: Sequence[tuple[Ref, Columns, float]], tile: NarrowTile, block: jax.Array
 ) -> None:
     """``scale · x[M, K] · a[R, K]^T`` for (a, out, scale) of a block of tokens."""
     ranks = [padded_rank(a.shape[0]) for a, _, _ in members]
@@ -165,7 +173,7 @@ def narrow_products(
     zero = [jnp.zeros((tile.m, rank), jnp.float32) for rank in ranks]
     totals = lax.fori_loop(0, pl.cdiv(x.shape[1], tile.k), step, zero)
     for total, (_, out, scale) in zip(totals, members, strict=True):
-        store(out, (total * scale).astype(out.dtype), row, 0)
+        out.store(total * scale, row)
 
 
 def _quantize_row(
