@@ -76,10 +76,23 @@ def cached_attention(
 
 
 def _on_gpu(*arrays: Any, scale: float) -> tuple[jax.Array, KVCache]:
-    def call(*arrays: Any, mode: Mode) -> tuple[jax.Array, KVCache]:
+    def call(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        cache: KVCache,
+        layer: jax.Array,
+        positions: jax.Array,
+        first: jax.Array,
+        angles: Angles,
+        *,
+        mode: Mode,
+    ) -> tuple[jax.Array, KVCache]:
         with without_deprecation():
             from fabric_kernels.attention import triton_cached
-        return triton_cached.cached_attention(*arrays, scale, mode=mode)
+        return triton_cached.cached_attention(
+            q, k, v, cache, layer, positions, first, angles, scale, mode=mode
+        )
 
     return on_platform(call, *arrays)
 

@@ -6,7 +6,7 @@ used from registers, by the first stretch alone, which also stores them: no prog
 another one writes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -138,7 +138,7 @@ def _program(*refs: Ref, count: int, whole: bool, factor: float, mode: Mode) -> 
     for i, one in enumerate(sums):
         place = (row, stretch, head * group + i)
         if whole:
-            one = replace(one, values=tuple(x / one.weights for x in one.values))
+            one = replace(one, values=_each(partial(_divided, one.weights), one.values))
         else:
             parts[1][place], parts[2][place] = one.largest, one.weights
         _write(parts[0], place, one.values, width)
@@ -166,11 +166,11 @@ def _tile(
     seen = (slots >= bounds[0]) & (slots < bounds[1])
 
     def load(i: int) -> Halves:
-        halves = tuple(_rows(stored[i], at, slots, seen, half, width) for half in (0, 1))
+        first, second = (_rows(stored[i], at, slots, seen, half, width) for half in (0, 1))
         if len(stored) == 2:
-            return halves
+            return first, second
         scales = plgpu.load(stored[2 + i].at[(*at, slots)], mask=seen, other=jnp.float32(0))
-        return tuple(x * scales[:, None] for x in halves)
+        return first * scales[:, None], second * scales[:, None]
 
     keys, values = load(0), load(1)
     found: list[_Sums] = []
@@ -180,10 +180,8 @@ def _tile(
         largest = jnp.maximum(one.largest, jnp.max(scores))
         weights = jnp.where(seen, jnp.exp2(scores - largest), 0.0)
         shrink = jnp.exp2(one.largest - largest)
-        mixed = tuple(
-            own * shrink + jnp.sum(weights[:, None] * x, axis=0)
-            for own, x in zip(one.values, values, strict=True)
-        )
+        mix = partial(_mixed, shrink, weights)
+        mixed = _each(mix, one.values, values)
         found.append(_Sums(largest, one.weights * shrink + jnp.sum(weights), mixed))
     return found
 
@@ -193,8 +191,16 @@ def _add(one: _Sums, score: jax.Array, value: Halves, there: jax.Array) -> _Sums
     largest = jnp.maximum(one.largest, score)
     weight = jnp.where(there, jnp.exp2(score - largest), 0.0)
     shrink = jnp.exp2(one.largest - largest)
-    values = tuple(own * shrink + weight * x for own, x in zip(one.values, value, strict=True))
+    values = _each(lambda own, x: own * shrink + weight * x, one.values, value)
     return _Sums(largest, one.weights * shrink + weight, values)
+
+
+def _mixed(shrink: jax.Array, weights: jax.Array, own: jax.Array, x: jax.Array) -> jax.Array:
+    return own * shrink + jnp.sum(weights[:, None] * x, axis=0)
+
+
+def _divided(by: jax.Array, x: jax.Array) -> jax.Array:
+    return x / by
 
 
 def _nothing(width: int) -> _Sums:
@@ -207,6 +213,11 @@ def _score(query: Halves, key: Halves, factor: float) -> jax.Array:
 
 
 # ---- vectors of a head, in halves ---------------------------------------------------------------
+
+
+def _each(call: Callable[..., jax.Array], *halves: Halves) -> Halves:
+    """``call`` of the first halves, and of the second."""
+    return call(*(one[0] for one in halves)), call(*(one[1] for one in halves))
 
 
 def _power(size: int) -> int:
@@ -250,7 +261,11 @@ def _turned(ref: Ref, place: Place, turn: Halves, width: int) -> Halves:
     cos, sin = (x.astype(ref.dtype) for x in turn)
     first, second = (x.astype(ref.dtype) for x in _halves(ref, place, width))
     turned = (first * cos - second * sin, second * cos + first * sin)
-    return tuple(x.astype(jnp.float32) for x in turned)
+    return _each(_float32, turned)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
 
 def _rounded(x: jax.Array, mode: Mode) -> jax.Array:
@@ -260,14 +275,14 @@ def _rounded(x: jax.Array, mode: Mode) -> jax.Array:
 def _stored(x: Halves, dtype: Any, mode: Mode) -> tuple[Halves, Halves, jax.Array]:
     """A vector as the cache gives it back, float32; as it stores it; and int8's scale."""
     if dtype != jnp.int8:
-        codes = tuple(half.astype(dtype) for half in x)
-        return tuple(half.astype(jnp.float32) for half in codes), codes, jnp.float32(1)
+        codes = _each(lambda half: half.astype(dtype), x)
+        return _each(_float32, codes), codes, jnp.ones((), jnp.float32)
     largest = jnp.maximum(jnp.max(jnp.abs(x[0])), jnp.max(jnp.abs(x[1])))
     scale = largest * jnp.float32(1 / 127)
     inverse = jnp.where(scale > 0, 1.0 / jnp.where(scale > 0, scale, 1.0), 0.0)
-    rounded = tuple(jnp.clip(_rounded(half * inverse, mode), -127.0, 127.0) for half in x)
-    codes = tuple(half.astype(jnp.int8) for half in rounded)
-    return tuple(half * scale for half in rounded), codes, scale
+    rounded = _each(lambda half: jnp.clip(_rounded(half * inverse, mode), -127.0, 127.0), x)
+    codes = _each(lambda half: half.astype(jnp.int8), rounded)
+    return _each(lambda half: half * scale, rounded), codes, scale
 
 
 def _write(ref: Ref, place: Place, halves: Halves, width: int) -> None:

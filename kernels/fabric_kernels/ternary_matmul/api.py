@@ -11,13 +11,15 @@ from jax.ad_checkpoint import checkpoint_name
 from fabric_kernels.gradients import with_gradient_of
 from fabric_kernels.low_rank import LowRank, low_rank_product
 from fabric_kernels.packing import Packing
-from fabric_kernels.ternary_matmul import cpu
+from fabric_kernels.ternary_matmul import cpu, xla
 from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
 from fabric_kernels.ternary_matmul.select import (
+    WITH_ADAPTERS,
     Implementation,
     Product,
     Products,
     products,
+    products_with_adapters,
     resolve,
     select_implementation,
     side_implementation,
@@ -153,8 +155,8 @@ def ternary_linear(
         if all(adapter is None for adapter in own) and _fuses(chosen, x, weights[0]):
             return _linear_after(chosen, x, prologue, tuple(weights))
         x = apply_prologue(x, prologue, implementation=side_implementation(implementation))
-    if chosen == "cpu":
-        return _cpu_linear(gradient_bits, x, kept, tuple(weights), own)
+    if _resolved(chosen, "linear", x, weights[0]) in WITH_ADAPTERS:
+        return _adapted_linear((chosen, gradient_bits), x, kept, tuple(weights), own)
     base_input = x if kept is None else with_gradient_of(x, kept)
     outputs = cast(tuple[jax.Array, ...], _linear(chosen, base_input, tuple(weights)))
     return tuple(
@@ -191,7 +193,13 @@ def _products(
     chosen: Implementation, product: Product, rows: jax.Array, weight: TernaryWeight
 ) -> Products:
     """What runs a product of ``rows`` [..., K] or [..., N]."""
-    return products(resolve(chosen, product, rows.size // max(rows.shape[-1], 1), weight))
+    return products(_resolved(chosen, product, rows, weight))
+
+
+def _resolved(
+    chosen: Implementation, product: Product, rows: jax.Array, weight: TernaryWeight
+) -> Implementation:
+    return resolve(chosen, product, rows.size // max(rows.shape[-1], 1), weight)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -261,9 +269,9 @@ _linear.defvjp(_linear_fwd, _linear_bwd)
 
 def _fuses(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> bool:
     """Whether the kernel for few tokens runs, which gates and normalises by itself."""
-    rows = x.size // max(x.shape[-1], 1)
-    if resolve(chosen, "linear", rows, weight) != "triton":
+    if _resolved(chosen, "linear", x, weight) != "triton":
         return False
+    rows = x.size // max(x.shape[-1], 1)
     return cast(Any, products("triton")).fuses_prologue(rows, weight)
 
 
@@ -299,30 +307,34 @@ def _linear_after_bwd(
 _linear_after.defvjp(_linear_after_fwd, _linear_after_bwd)
 
 
+_How = tuple[Implementation, GradientBits]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cpu_linear(
-    bits: GradientBits,
+def _adapted_linear(
+    how: _How,
     x: jax.Array,
     kept: jax.Array | None,
     weights: _Weights,
     adapters: _Adapters,
 ) -> tuple[jax.Array, ...]:
-    del bits, kept
-    return cpu.linear(x, weights, adapters)[0]
+    del kept
+    name = _resolved(how[0], "linear", x, weights[0])
+    return products_with_adapters(name).linear_with_adapters(x, weights, adapters)[0]
 
 
 _Residuals = tuple[jax.Array | None, jax.Array | None, _Weights, _Adapters, tuple[jax.Array, ...]]
 
 
-def _cpu_linear_fwd(
-    bits: GradientBits,
+def _adapted_linear_fwd(
+    how: _How,
     x: jax.Array,
     kept: jax.Array | None,
     weights: _Weights,
     adapters: _Adapters,
 ) -> tuple[tuple[jax.Array, ...], _Residuals]:
-    del bits
-    outputs, narrow = cpu.linear(x, weights, adapters)
+    name = _resolved(how[0], "linear", x, weights[0])
+    outputs, narrow = products_with_adapters(name).linear_with_adapters(x, weights, adapters)
     # Kept under a name of their own, the narrow products spare a rematerialised backward pass the
     # whole call: they are R floats a token.
     narrow = tuple(checkpoint_name(u, NARROW_PRODUCT) for u in narrow)
@@ -333,22 +345,28 @@ def _cpu_linear_fwd(
     return outputs, (own, other, weights, adapters, narrow)
 
 
-def _cpu_linear_bwd(
-    bits: GradientBits, residuals: _Residuals, gradients: tuple[jax.Array, ...]
+def _adapted_linear_bwd(
+    how: _How, residuals: _Residuals, gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, jax.Array | None, _Weights, _Adapters]:
     x, kept, weights, adapters, narrow = residuals
     read = kept if x is None else x
     assert read is not None
-    dx, pairs = cpu.linear_transposed(read, gradients, weights, adapters, narrow, bits=bits)
+    name = _resolved(how[0], "linear_transposed", gradients[0], weights[0])
+    # A table may choose XLA, which has the products alone; what adapters add is Triton's then.
+    extra = {"products": xla.unscaled_transposed(gradients, weights)} if name == "xla" else {}
+    run = products_with_adapters("triton" if name == "xla" else name).transposed_with_adapters
+    dx, pairs = run(read, gradients, weights, adapters, narrow, bits=how[1], **extra)
     d_adapters = tuple(
-        adapter
-        if adapter is None
-        else LowRank(da.astype(adapter.a.dtype), db.astype(adapter.b.dtype), adapter.scale)
-        for adapter, (da, db) in zip(adapters, pairs, strict=True)
+        None
+        if adapter is None or pair is None
+        else LowRank(
+            pair[0].astype(adapter.a.dtype), pair[1].astype(adapter.b.dtype), adapter.scale
+        )
+        for adapter, pair in zip(adapters, pairs, strict=True)
     )
     frozen = tuple(no_gradient(weight) for weight in weights)
     own, other = (dx, None) if kept is None else (None, dx)
     return own, other, frozen, d_adapters
 
 
-_cpu_linear.defvjp(_cpu_linear_fwd, _cpu_linear_bwd)
+_adapted_linear.defvjp(_adapted_linear_fwd, _adapted_linear_bwd)

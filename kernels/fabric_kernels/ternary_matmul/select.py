@@ -7,6 +7,7 @@ from typing import Literal, Protocol, cast, get_args
 import jax
 
 from fabric_kernels import cpu_library
+from fabric_kernels.low_rank import LowRank
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 Implementation = Literal["xla", "cpu", "triton", "mosaic_gpu", "mosaic_tpu", "tuned"]
@@ -23,7 +24,7 @@ SideImplementation = Literal["xla", "cpu"]
 
 
 class Products(Protocol):
-    """What an implementation's module offers; ``cpu`` has adapters in the same call besides."""
+    """What an implementation's module offers."""
 
     def linear(self, x: jax.Array, weights: Sequence[TernaryWeight]) -> tuple[jax.Array, ...]:
         """``scale · (q(x) · codes^T)`` for each weight, in the dtype of ``x``."""
@@ -42,6 +43,44 @@ class Products(Protocol):
     def matmul_transposed(self, g: jax.Array, weight: TernaryWeight) -> jax.Array:
         """``g[..., n] · codes`` in the dtype of ``g``."""
         ...
+
+
+Adapters = Sequence[LowRank | None]
+
+
+class ProductsWithAdapters(Protocol):
+    """What the modules of ``WITH_ADAPTERS`` offer besides: adapters in the same call."""
+
+    def linear_with_adapters(
+        self, x: jax.Array, weights: Sequence[TernaryWeight], adapters: Adapters
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """``linear`` with the adapters' products added; and ``scale · x A^T``, [..., R], of each.
+
+        The latter in whatever arrays the backward call reads.
+        """
+        ...
+
+    def transposed_with_adapters(
+        self,
+        x: jax.Array,
+        gradients: Sequence[jax.Array],
+        weights: Sequence[TernaryWeight],
+        adapters: Adapters,
+        narrow: Sequence[jax.Array],
+        *,
+        bits: Literal[16, 24],
+        **products: Sequence[jax.Array],
+    ) -> tuple[jax.Array, Sequence[tuple[jax.Array, jax.Array] | None]]:
+        """The gradients by ``x``, and by A and B of each adapter in float32.
+
+        ``x`` may have no channels where there are no adapters. ``narrow`` is what the forward call
+        returned; ``bits`` are of fixed-point numbers, where they are used.
+        Triton also takes the ``products`` of the gradients with codes, where there are any.
+        """
+        ...
+
+
+WITH_ADAPTERS: tuple[Implementation, ...] = ("cpu", "triton", "mosaic_gpu")
 
 
 def select_implementation(implementation: Implementation | None = None) -> Implementation:
@@ -94,3 +133,8 @@ def products(implementation: Implementation) -> Products:
     """The module of an implementation; Pallas' are imported when they are first asked for."""
     name = f"fabric_kernels.ternary_matmul.{implementation}"
     return cast(Products, import_module(name))
+
+
+def products_with_adapters(implementation: Implementation) -> ProductsWithAdapters:
+    """The module of one of ``WITH_ADAPTERS``."""
+    return cast(ProductsWithAdapters, products(implementation))

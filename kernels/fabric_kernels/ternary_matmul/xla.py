@@ -82,6 +82,17 @@ def linear_transposed(
     return total
 
 
+def unscaled_transposed(
+    gradients: Sequence[jax.Array], weights: Sequence[TernaryWeight]
+) -> list[jax.Array]:
+    """``g_i[..., n_i] · codes_i`` for each, one matrix unpacked after the other."""
+    parts: list[jax.Array] = []
+    for g, weight in zip(gradients, weights, strict=True):
+        one = _in_turn(weight, parts[-1] if parts else g)
+        parts.append(matmul_transposed(g, one))
+    return parts
+
+
 def matmul_transposed(g: jax.Array, weight: TernaryWeight) -> jax.Array:
     """``g[..., n] · codes`` in the dtype of ``g``."""
     packed, k, packing = weight.single().packed, weight.k, weight.packing
