@@ -115,12 +115,13 @@ def _forward_tile(
     def step(j: jax.Array, carry: Any, whole: bool) -> Any:
         total, largest, sums = carry
         at = j * tile.keys
-        scores = _dot(own, _load_heads(k, row, at, tile.keys, shared, whole), 1, 1) * factor
+        scores = _dot(own, _load_heads(k, row, at, tile.keys, shared, whole), 1, 1)
         if not whole:
             scores = _hide(scores, _load_codes(codes, row, first, at, tile), FAR)
         larger = jnp.maximum(largest, jnp.max(scores, axis=1))
-        odds = jnp.exp2(scores - larger[:, None])
-        shrink = jnp.exp2(largest - larger)
+        # As a product and a difference, it is one instruction for each score.
+        odds = jnp.exp2(scores * factor - (larger * factor)[:, None])
+        shrink = jnp.exp2((largest - larger) * factor)
         values = _load_heads(v, row, at, tile.keys, shared, whole)
         total = total * shrink[:, None] + _dot(odds.astype(v.dtype), values, 1, 0)
         return total, larger, sums * shrink + jnp.sum(odds, axis=1)
@@ -132,7 +133,7 @@ def _forward_tile(
     )
     total, largest, sums = _over_tiles(bounds, row, index, step, start)
     _store_heads(out, total / sums[:, None], row, first, head)
-    _store_row(logs, largest + jnp.log2(sums), row, head, first)
+    _store_row(logs, largest * factor + jnp.log2(sums), row, head, first)
 
 
 def query_gradients(
@@ -154,7 +155,7 @@ def query_gradients(
         k: likewise.
         v: likewise.
         codes: likewise.
-        bounds: likewise; tiles without any ``SEEN`` are empty here.
+        bounds: likewise.
         outputs: of ``forward``, two, and the gradient by the first [B, T, H, hd].
         factors: on scores.
         tile: sizes.
