@@ -5,7 +5,7 @@ one float32 number a query and head for the backward pass. Products are of opera
 the inputs, weights and their gradients rounded to it; sums and the softmax are float32.
 
 ``vmap`` adds an axis to the grid of programs. A program over several devices runs the kernels on
-whole arrays, unless it maps over its batch itself (``jax.shard_map``).
+whole arrays, unless it maps over its batch itself (``jax.shard_map`` with ``check_vma=False``).
 """
 
 from dataclasses import dataclass

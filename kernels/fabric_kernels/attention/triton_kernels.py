@@ -306,11 +306,8 @@ def _key_tile(
     def head_step(i: Any, sums: Any) -> Any:
         return _over_tiles(bounds, row, index, partial(step, head=shared * group + i), sums)
 
-    zero = jnp.zeros(keys.shape, jnp.float32)
-    if group > 1:
-        sums = lax.fori_loop(0, group, head_step, (zero, zero))
-    else:
-        sums = head_step(0, (zero, zero))
+    sums = (jnp.zeros(keys.shape, jnp.float32),) * 2
+    sums = head_step(0, sums) if group == 1 else lax.fori_loop(0, group, head_step, sums)
     _store_heads(dk, sums[0] * factors[1], row, at, shared)
     _store_heads(dv, sums[1], row, at, shared)
 
