@@ -125,6 +125,14 @@ def test_vmap() -> None:
             assert_close(found[i], expected, name, 4e-6)
 
 
+def test_a_mask_that_pallas_would_misread() -> None:
+    long = 50_000
+    x = jax.ShapeDtypeStruct((1, long, 1, 16), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((1, long, long), jnp.bool_)
+    with pytest.raises(NotImplementedError, match=r"\[1, 50000, 50000\]; use implementation xla"):
+        jax.eval_shape(partial(triton.attention, scale=1.0), x, x, x, mask)
+
+
 # ---- tiles that are skipped --------------------------------------------------------------------
 
 

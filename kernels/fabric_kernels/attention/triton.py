@@ -87,8 +87,14 @@ def attention(
         [B, T, H, hd] in the dtype of q.
 
     Raises:
-        NotImplementedError: this JAX has no Pallas Triton.
+        NotImplementedError: this JAX has no Pallas Triton, or the mask is too large for it.
     """
+    # There Pallas would count the bytes of its codes in 32 bits, of which one is a sign.
+    if 2**31 <= mask.size <= 2**32:
+        raise NotImplementedError(
+            f"the Triton kernels take no mask of 2 to 4 GiB, found {list(mask.shape)}; "
+            f"use implementation xla"
+        )
     dtype = jnp.result_type(q, k, v)
     if dtype.name not in ("bfloat16", "float16", "float32"):
         dtype = jnp.dtype(jnp.float32)
