@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from tests.kernels.test_attention_tiles import NAMES, assert_close, exact, make_mask, operands, run
 from tests.kernels.test_triton_kernel import lowered
 
-SMALL = Tile(queries=16, keys=16, warps=4, stages=1)
 TILES = triton.Tiles(
     forward=Tile(queries=16, keys=32, warps=4, stages=1),
-    query_gradients=SMALL,
+    query_gradients=Tile(queries=16, keys=16, warps=4, stages=1),
     key_gradients=Tile(queries=32, keys=16, warps=4, stages=1),
 )
 SCALE = 0.3
@@ -126,6 +125,14 @@ def test_vmap() -> None:
             assert_close(found[i], expected, name, 4e-6)
 
 
+def test_a_mask_that_pallas_would_misread() -> None:
+    long = 50_000
+    x = jax.ShapeDtypeStruct((1, long, 1, 16), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((1, long, long), jnp.bool_)
+    with pytest.raises(NotImplementedError, match=r"\[1, 50000, 50000\]; use implementation xla"):
+        jax.eval_shape(partial(triton.attention, scale=1.0), x, x, x, mask)
+
+
 # ---- tiles that are skipped --------------------------------------------------------------------
 
 
@@ -148,9 +155,10 @@ def test_bounds_hold_every_tile_once(flags: str) -> None:
 def test_a_causal_mask_halves_the_work() -> None:
     """All tiles before the diagonal are whole, none behind it is read."""
     codes = triton.mask_codes(jnp.asarray(mask_of("causal", 64, 64)[None]))
-    bounds = np.asarray(triton.tile_bounds(*triton.occupied(codes, SMALL)))[0]
-    np.testing.assert_array_equal(bounds[:, 1] - bounds[:, 0], [1, 2, 3, 4])
-    np.testing.assert_array_equal(bounds[:, 3] - bounds[:, 2], [0, 1, 2, 3])
+    forward, queries, keys = (np.asarray(x)[0] for x in triton.survey(codes, TILES))
+    np.testing.assert_array_equal(forward[:, 1] - forward[:, 0], [1, 1, 2, 2])
+    for bounds, counts in ((forward, [0, 0, 1, 1]), (queries, [0, 1, 2, 3]), (keys, [1, 1, 0, 0])):
+        np.testing.assert_array_equal(bounds[:, 3] - bounds[:, 2], counts)
 
 
 # ---- lowering and choice -----------------------------------------------------------------------

@@ -5,7 +5,7 @@ one float32 number a query and head for the backward pass. Products are of opera
 the inputs, weights and their gradients rounded to it; sums and the softmax are float32.
 
 ``vmap`` adds an axis to the grid of programs. A program over several devices runs the kernels on
-whole arrays, unless it maps over its batch itself (``jax.shard_map``).
+whole arrays, unless it maps over its batch itself (``jax.shard_map`` with ``check_vma=False``).
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,6 @@ WIDE_SIZES: _Sizes = {
     inf: ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
 }
 """For float32, which has no matrix units: these products are unrolled."""
-ABSENT = 3
-"""Code of the mask in rows that only fill a tile up: neither seen nor hidden."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +87,14 @@ def attention(
         [B, T, H, hd] in the dtype of q.
 
     Raises:
-        NotImplementedError: this JAX has no Pallas Triton.
+        NotImplementedError: this JAX has no Pallas Triton, or the mask is too large for it.
     """
+    # There Pallas would count the bytes of its codes in 32 bits, of which one is a sign.
+    if 2**31 <= mask.size <= 2**32:
+        raise NotImplementedError(
+            f"the Triton kernels take no mask of 2 to 4 GiB, found {list(mask.shape)}; "
+            f"use implementation xla"
+        )
     dtype = jnp.result_type(q, k, v)
     if dtype.name not in ("bfloat16", "float16", "float32"):
         dtype = jnp.dtype(jnp.float32)
@@ -129,12 +133,11 @@ def _attention_fwd(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     module, tile = kernels(), tiles.forward
     codes = mask_codes(mask)
-    some, every = occupied(codes, tile)
 
     def call(*args: Any, mode: Mode) -> Any:
         return module.forward(*args, _factors(scale), tile, mode=mode)
 
-    out, logs = on_platform(call, q, k, v, codes, tile_bounds(some, every))
+    out, logs = on_platform(call, q, k, v, codes, survey(codes, tiles)[0])
     return out, (q, k, v, mask, out, logs)
 
 
@@ -144,11 +147,7 @@ def _attention_bwd(
     q, k, v, mask, out, logs = residuals
     module, factors = kernels(), _factors(scale)
     codes = mask_codes(mask)
-    # Queries that see nothing have no gradient, but give one to every value.
-    seen, every = occupied(jnp.where(mask, codes, 0), tiles.query_gradients)
-    of_queries = tile_bounds(seen, every)
-    some, every = occupied(codes, tiles.key_gradients)
-    of_keys = tile_bounds(some.mT, every.mT)
+    _, of_queries, of_keys = survey(codes, tiles)
 
     def call(*args: Any, mode: Mode) -> Any:
         q, k, v, codes, of_queries, of_keys, out, logs, g = args
@@ -184,16 +183,37 @@ def mask_codes(mask: jax.Array) -> jax.Array:
     return jnp.where(mask, jnp.int8(module.SEEN), rest)
 
 
-def occupied(codes: jax.Array, tile: "Tile") -> tuple[jax.Array, jax.Array]:
-    """Of each tile, bool [B, tiles of queries, tiles of keys]: anything in it, and all seen."""
-    batch, queries, keys = codes.shape
-    rows, columns = -queries % tile.queries, -keys % tile.keys
-    codes = jnp.pad(codes, ((0, 0), (0, 0), (0, columns)))
-    codes = jnp.pad(codes, ((0, 0), (0, rows), (0, 0)), constant_values=ABSENT)
-    shape = (batch, -1, tile.queries, (keys + columns) // tile.keys, tile.keys)
-    codes = codes.reshape(shape)
-    some = jnp.any((codes != 0) & (codes != ABSENT), axis=(2, 4))
-    return some, jnp.all((codes == 1) | (codes == ABSENT), axis=(2, 4))
+def survey(codes: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The bounds of tiles that the kernels of ``tiles`` read: forward, of queries, of keys.
+
+    The codes are read once, by the smallest tiles, of which the others are made.
+    """
+    module = kernels()
+    sizes = (tiles.forward, tiles.query_gradients, tiles.key_gradients)
+    rows, columns = min(tile.queries for tile in sizes), min(tile.keys for tile in sizes)
+    fine = _merge(codes != module.HIDDEN, codes == module.SEEN, rows, columns)
+    forward, queries, keys = (
+        _merge(*fine, tile.queries // rows, tile.keys // columns) for tile in sizes
+    )
+    return tile_bounds(*forward), tile_bounds(*queries), tile_bounds(keys[0].mT, keys[1].mT)
+
+
+def _merge(
+    some: jax.Array, every: jax.Array, rows: int, columns: int
+) -> tuple[jax.Array, jax.Array]:
+    """Of tiles [B, queries, keys] those of ``rows`` x ``columns``: any in them, and all.
+
+    Queries past the last do not matter; keys past the last are not there.
+    """
+    if rows == columns == 1:
+        return some, every
+    batch, queries, keys = some.shape
+    more_rows, more_columns = (0, -queries % rows), (0, -keys % columns)
+    some = jnp.pad(some, ((0, 0), more_rows, more_columns))
+    every = jnp.pad(every, ((0, 0), (0, 0), more_columns))
+    every = jnp.pad(every, ((0, 0), more_rows, (0, 0)), constant_values=True)
+    shape = (batch, some.shape[1] // rows, rows, some.shape[2] // columns, columns)
+    return jnp.any(some.reshape(shape), axis=(2, 4)), jnp.all(every.reshape(shape), axis=(2, 4))
 
 
 def tile_bounds(some: jax.Array, every: jax.Array) -> jax.Array:
