@@ -27,8 +27,9 @@ Factors = tuple[float, float]
 
 HIDDEN, SEEN, BLIND = 0, 1, 2
 """Codes of the mask: the key is not seen, is seen, or the query sees no key at all."""
-FAR = -1e30
-"""Score of a hidden key. Finite: before a row's first key is seen, a difference must not be NaN."""
+FAR = -(2.0**100)
+"""Score of a hidden key. Finite: before a row's first key is seen, a difference must not be NaN.
+And a power of two: its product with a factor is exact, so that such differences are 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
