@@ -100,6 +100,7 @@ def ternary_linear(
     adapters: Sequence[LowRank | None] | None = None,
     *,
     prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
     kept: jax.Array | None = None,
     implementation: Implementation | None = None,
     gradient_bits: GradientBits = 16,
@@ -111,6 +112,7 @@ def ternary_linear(
         weights: up to four, with the same K, packing and layer.
         adapters: a low-rank adapter for each weight, or None; it reads the un-quantised ``x``.
         prologue: what happens to ``x`` first; some kernels do it on the way.
+        residual: [..., N] that the output of the only weight is added to, likewise.
         kept: what the backward pass reads in place of ``x``, of its shape and dtype; the gradient
             then goes to it, and none to ``x``.
         implementation: which one to run; ``None`` picks. A named one runs or raises.
@@ -126,7 +128,7 @@ def ternary_linear(
         TypeError: ``x`` is not a float, a weight not uint8 or a scale not float32, or ``kept`` is
             of another dtype than ``x``.
         ValueError: shapes, packings or the number of weights do not fit, a name is unknown, or both
-            a prologue and ``kept`` are given.
+            a prologue and ``kept`` are given, or a residual and several weights.
     """
     chosen = select_implementation(implementation)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -149,12 +151,27 @@ def ternary_linear(
     for weight, adapter in zip(weights, own, strict=True):
         if adapter is not None:
             _check_adapter(weight, adapter)
+    if residual is not None and len(weights) > 1:
+        raise ValueError(f"a residual goes with one weight, found {len(weights)}")
     if prologue is not None:
         if kept is not None:
             raise ValueError("what is kept is the input of the quantiser: give it no prologue")
         if all(adapter is None for adapter in own) and _fuses(chosen, x, weights[0]):
-            return _linear_after(chosen, x, prologue, tuple(weights))
-        x = apply_prologue(x, prologue, implementation=side_implementation(implementation))
+            return _linear_after(chosen, x, prologue, residual, tuple(weights))
+        side = side_implementation(implementation)
+        x = apply_prologue(x, prologue.of_layer(weights[0].layer), implementation=side)
+    outputs = _linear_of(chosen, gradient_bits, x, kept, tuple(weights), own)
+    return outputs if residual is None else (residual + outputs[0],)
+
+
+def _linear_of(
+    chosen: Implementation,
+    gradient_bits: GradientBits,
+    x: jax.Array,
+    kept: jax.Array | None,
+    weights: "_Weights",
+    own: "_Adapters",
+) -> tuple[jax.Array, ...]:
     if _resolved(chosen, "linear", x, weights[0]) in WITH_ADAPTERS:
         return _adapted_linear((chosen, gradient_bits), x, kept, tuple(weights), own)
     base_input = x if kept is None else with_gradient_of(x, kept)
@@ -277,31 +294,40 @@ def _fuses(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> bool:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_after(
-    chosen: Implementation, x: jax.Array, prologue: Prologue, weights: _Weights
+    chosen: Implementation,
+    x: jax.Array,
+    prologue: Prologue,
+    residual: jax.Array | None,
+    weights: _Weights,
 ) -> tuple[jax.Array, ...]:
     del chosen
-    return cast(Any, products("triton")).linear_after(x, weights, prologue)
+    return cast(Any, products("triton")).linear_after(x, weights, prologue, residual)
 
 
 def _linear_after_fwd(
-    chosen: Implementation, x: jax.Array, prologue: Prologue, weights: _Weights
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, Prologue, _Weights]]:
-    return _linear_after(chosen, x, prologue, weights), (x, prologue, weights)
+    chosen: Implementation,
+    x: jax.Array,
+    prologue: Prologue,
+    residual: jax.Array | None,
+    weights: _Weights,
+) -> tuple[tuple[jax.Array, ...], tuple[Any, ...]]:
+    inputs = (x, prologue, residual, weights)
+    return _linear_after(chosen, *inputs), inputs
 
 
 def _linear_after_bwd(
-    chosen: Implementation,
-    residuals: tuple[jax.Array, Prologue, _Weights],
-    gradients: tuple[jax.Array, ...],
-) -> tuple[jax.Array, Prologue, _Weights]:
-    """The gradient of the same in two steps."""
-    x, prologue, weights = residuals
+    chosen: Implementation, residuals: tuple[Any, ...], gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, Prologue, jax.Array | None, _Weights]:
+    """The gradient of the same step by step."""
+    x, prologue, residual, weights = residuals
 
     def steps(x: jax.Array, prologue: Prologue) -> tuple[jax.Array, ...]:
-        return _linear(chosen, apply_prologue(x, prologue, implementation="xla"), weights)
+        alone = prologue.of_layer(weights[0].layer)
+        return _linear(chosen, apply_prologue(x, alone, implementation="xla"), weights)
 
     dx, d_prologue = jax.vjp(steps, x, prologue)[1](gradients)
-    return dx, d_prologue, tuple(no_gradient(weight) for weight in weights)
+    d_residual = None if residual is None else gradients[0]
+    return dx, d_prologue, d_residual, tuple(no_gradient(weight) for weight in weights)
 
 
 _linear_after.defvjp(_linear_after_fwd, _linear_after_bwd)

@@ -1,9 +1,10 @@
 """What happens to the input of a linear before it is quantised: a gate, an RMS norm."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
+from jax import lax
 
 from fabric_kernels.norm import Gate, gated_product, rms_norm
 from fabric_kernels.ternary_matmul.select import SideImplementation
@@ -20,7 +21,8 @@ class Prologue:
 
     Attributes:
         gate: [..., K], of the shape and dtype of ``x``; None for no gate.
-        gain: [K] of the norm, see :func:`fabric_kernels.norm.rms_norm`; None for no norm.
+        gain: [K] of the norm, see :func:`fabric_kernels.norm.rms_norm`, or a stack [L, K] of which
+            the layer of the weights is read; None for no norm.
         activation: of the gate; None where there is none.
         eps: of the norm.
     """
@@ -29,6 +31,14 @@ class Prologue:
     gain: jax.Array | None = None
     activation: Gate | None = field(default=None, metadata={"static": True})
     eps: float = field(default=0.0, metadata={"static": True})
+
+    def of_layer(self, layer: jax.Array | None) -> "Prologue":
+        """With the gain of one layer."""
+        if self.gain is None or self.gain.ndim == 1:
+            return self
+        if layer is None:
+            raise ValueError("a stack of gains goes with stacks of weights")
+        return replace(self, gain=lax.dynamic_index_in_dim(self.gain, layer, keepdims=False))
 
 
 def apply_prologue(

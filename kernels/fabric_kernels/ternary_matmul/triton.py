@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 8
 """Up to these many rows a product is bound by reading the weights."""
+LEAST_BYTES = 512
+"""Of a row of weights in a program: 16 for each thread of a warp, whose words lie side by side."""
 QUANTIZED_BY_EACH = 2
 """Up to these many rows each program quantises them by itself, which spares a launch."""
 
@@ -80,13 +82,17 @@ def fuses_prologue(rows: int, weight: TernaryWeight) -> bool:
 
 
 def linear_after(
-    x: jax.Array, weights: Sequence[TernaryWeight], prologue: Prologue
+    x: jax.Array,
+    weights: Sequence[TernaryWeight],
+    prologue: Prologue,
+    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """``linear`` of ``norm(act(gate) · x)``, in one launch; where :func:`fuses_prologue`."""
+    """``residual + linear(norm(act(gate) · x))`` in one launch; where :func:`fuses_prologue`."""
     check_float(x)
     gate = prologue.gate
     flat = replace(prologue, gate=None if gate is None else gate.reshape(-1, x.shape[-1]))
-    outputs = _few_tokens(x.reshape(-1, x.shape[-1]), tuple(weights), x.dtype, flat)
+    rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    outputs = _few_tokens(x.reshape(-1, x.shape[-1]), tuple(weights), x.dtype, flat, rows)
     return _with_axes(outputs, x.shape[:-1])
 
 
@@ -204,30 +210,41 @@ def _few_tokens(
     weights: tuple[TernaryWeight, ...],
     dtype: jnp.dtype,
     prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    tile = _row_tile(width_of(weights[0]), min(w.n for w in weights))
+    tile = _row_tile(width_of(weights[0]), sum(w.n for w in weights))
     packed, scales, layers = zip(*(stack_of(w) for w in weights), strict=True)
     before = prologue or Prologue()
 
     def call(
-        rows: jax.Array, gate: Any, gain: Any, packed: Any, layers: Any, scales: Any, *, mode: Any
+        rows: jax.Array, before: Prologue, residual: Any, weights: tuple[Any, ...], *, mode: Any
     ) -> Any:
         few = kernels()[1]
-        row = few.Row(x=rows, gate=gate, activation=before.activation, gain=gain, eps=before.eps)
+        row = few.Row(
+            x=rows,
+            gate=before.gate,
+            activation=before.activation,
+            gain=before.gain,
+            eps=before.eps,
+            residual=residual,
+        )
         if rows.dtype != jnp.int8 and (mode == "rocm" or rows.shape[0] > QUANTIZED_BY_EACH):
-            after = replace(before, gate=gate, gain=gain)
-            codes, scale = absmax_quantize(apply_prologue(rows, after, implementation="xla"))
-            row = few.Row(x=codes, factors=1.0 / scale[:, 0])
-        return few.few_tokens(row, packed, layers, scales, tile, mode=mode, dtype=dtype)
+            alone = before.of_layer(weights[1][0][0])
+            codes, scale = absmax_quantize(apply_prologue(rows, alone, implementation="xla"))
+            row = few.Row(x=codes, factors=1.0 / scale[:, 0], residual=residual)
+        return few.few_tokens(row, *weights, tile, mode=mode, dtype=dtype)
 
-    return on_platform(call, rows, before.gate, before.gain, packed, layers, scales)
+    return on_platform(call, rows, before, residual, (packed, layers, scales))
 
 
 def _row_tile(width: int, n: int) -> "Tile":
-    """Whole rows of the matrix, about 128 bytes to a thread, unless that leaves some GPU idle."""
-    w = power(width, 32)
-    warps = min(8, max(4, w // 512))
-    rows = max(1, 128 * 32 * warps // w)
+    """Whole rows of the matrix, 16 bytes of each at least and about 128 in all to a thread.
+
+    ``n`` rows of a group take many more threads than the GPU has, or tiles are lower.
+    """
+    w = power(width, LEAST_BYTES)
+    warps = 4 if w <= 2048 else 8
+    rows = max(4, 128 * 32 * warps // w)
     while rows > 4 and -(-n // rows) < 2 * MULTIPROCESSORS:
         rows //= 2
     return kernels()[0].Tile(m=1, n=rows, w=w, warps=warps, stages=1)

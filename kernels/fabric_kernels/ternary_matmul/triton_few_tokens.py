@@ -48,8 +48,10 @@ class Row:
             floats; None for the bare product.
         gate: floats [M, K], whose activation multiplies ``x`` first; or None.
         activation: of the gate.
-        gain: floats [K] of an RMS norm before the quantiser; or None.
+        gain: floats [K], or [L, K] of which the matrices' layer is read, of an RMS norm before the
+            quantiser; or None.
         eps: of the norm.
+        residual: [M, N], what the product of the only matrix is added to; or None.
     """
 
     x: jax.Array
@@ -58,11 +60,18 @@ class Row:
     activation: Gate | None = None
     gain: jax.Array | None = None
     eps: float = 0.0
+    residual: jax.Array | None = None
 
     @property
     def operands(self) -> dict[str, jax.Array]:
         """The arrays that are there."""
-        own = {"x": self.x, "factors": self.factors, "gate": self.gate, "gain": self.gain}
+        own = {
+            "x": self.x,
+            "factors": self.factors,
+            "gate": self.gate,
+            "gain": self.gain,
+            "residual": self.residual,
+        }
         return {name: array for name, array in own.items() if array is not None}
 
 
@@ -153,11 +162,14 @@ def _rows(
         mask=_long(columns < width, tile) if width != tile.w else None,
     )
     for t in range(out.shape[0]):
-        planes, total, factor = _codes(*tokens, t, columns, mode)
+        planes, total, factor = _codes(*tokens, t, index, columns, mode)
         y = jnp.sum(_dot(bytes_, [_long(p, tile) for p in planes], mode), axis=1) - total
         if factor is not None:
             y = y.astype(jnp.float32) * (factor(y.shape) * scale_at(scale, index))
-        plgpu.store(out.at[t, numbers], y.astype(out.dtype), mask=numbers < out.shape[1])
+        y = y.astype(out.dtype)
+        if "residual" in tokens[0]:
+            y = y + plgpu.load(tokens[0]["residual"].at[t, rows])
+        plgpu.store(out.at[t, numbers], y, mask=numbers < out.shape[1])
 
 
 def _wide(rows: jax.Array, tile: Tile) -> jax.Array:
@@ -169,14 +181,17 @@ def _long(columns: jax.Array, tile: Tile) -> jax.Array:
 
 
 def _codes(
-    refs: dict[str, Ref], row: Row, t: int, columns: jax.Array, mode: Mode
+    refs: dict[str, Ref], row: Row, t: int, layer: jax.Array, columns: jax.Array, mode: Mode
 ) -> tuple[list[jax.Array], jax.Array, Callable[[tuple[int, ...]], jax.Array] | None]:
     """A token's four planes of int8 codes [W], their sum, and what multiplies its products."""
     k = refs["x"].shape[1]
 
     def load(name: str, j: int) -> jax.Array:
         at, ref = CODES_PER_BYTE * columns + j, refs[name]
-        ref = ref.at[at] if len(ref.shape) == 1 else ref.at[t, at]
+        if name == "gain":
+            ref = ref.at[at] if len(ref.shape) == 1 else ref.at[layer, at]
+        else:
+            ref = ref.at[t, at]
         return plgpu.load(ref, mask=at < k, other=jnp.zeros((), ref.dtype))
 
     planes = [load("x", j) for j in range(CODES_PER_BYTE)]
