@@ -267,17 +267,16 @@ def _sum(
     across = pl.cdiv(out.shape[2], tile.columns)
     row, column = lax.div(program, across) * tile.m, lax.rem(program, across) * tile.columns
     shape = (tile.m, tile.columns)
-    # All loads come first: what follows on one waits for memory.
-    values = [
-        [load(parts, (row, column), shape, lead=(i,)) for i in range(parts.shape[0])]
-        for parts, _ in terms
-    ]
+    # Shares come first: added to a sum they have Triton bring every part of it into the layout of a
+    # matrix unit by itself, with barriers between one load and the next.
     y = jnp.zeros(shape, jnp.float32)
-    for own, (_, factor) in zip(values, terms, strict=True):
-        part = sum((value.astype(jnp.float32) for value in own[1:]), own[0].astype(jnp.float32))
-        y = y + (part if factor is None else part * scale_at(factor[0], factor[1][0]))
     for share in shares:
         y = y + share_at(share, (row, column), shape)
+    for parts, factor in terms:
+        part = load(parts, (row, column), shape, lead=(0,)).astype(jnp.float32)
+        for i in range(1, parts.shape[0]):
+            part = part + load(parts, (row, column), shape, lead=(i,)).astype(jnp.float32)
+        y = (part if factor is None else part * scale_at(factor[0], factor[1][0])) + y
     store(out, y.astype(out.dtype), row, column, lead=(0,))
 
 
