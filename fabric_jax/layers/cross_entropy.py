@@ -13,6 +13,9 @@ from fabric_jax.errors import FabricError
 from fabric_jax.layers.dot import linear
 
 LOGITS_TILE_BYTES = 8 << 20
+"""Of float32 logits at one time, unless the hidden states take more than half of that: a tile is
+then twice as large as they are, which is little beside a step on so many tokens and lets products
+with the head run at full speed."""
 
 _Head = jax.Array | BlockTable
 
@@ -27,7 +30,8 @@ def tiled_cross_entropy(
 ) -> Float32[Array, ""]:
     """``sum_i weights_i · (logsumexp(z_i) - z_i[targets_i])`` with ``z = hidden · head^T``.
 
-    Tokens are taken in tiles whose float32 logits stay under 8 MiB. Where a gradient is wanted it
+    Tokens are taken in tiles whose float32 logits stay under 8 MiB, or twice the bytes of
+    ``hidden`` where these are more. Where a gradient is wanted it
     is formed in the same pass (two products with the head instead of three) and stored as
     ``d hidden`` [N, D]; the gradient of the head is formed only if ``train_head``, otherwise it
     is zero.
@@ -43,9 +47,9 @@ def tiled_cross_entropy(
     return _loss(train_head, hidden, head, targets, weights)
 
 
-def tile_tokens(num_tokens: int, vocab_size: int) -> int:
+def tile_tokens(num_tokens: int, vocab_size: int, hidden_bytes: int) -> int:
     """Tokens in a tile: a power of two, at least 16, no more than needed."""
-    fit = max(16, LOGITS_TILE_BYTES // (4 * vocab_size))
+    fit = max(16, max(LOGITS_TILE_BYTES, 2 * hidden_bytes) // (4 * vocab_size))
     return min(1 << (fit.bit_length() - 1), num_tokens)
 
 
@@ -117,7 +121,8 @@ def _tiles(
     hidden: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Splits the tokens into tiles; the last is filled with tokens of weight 0."""
-    tile = tile_tokens(hidden.shape[0], vocab_size)
+    size = hidden.size * hidden.dtype.itemsize
+    tile = tile_tokens(hidden.shape[0], vocab_size, size)
     pad = -hidden.shape[0] % tile
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, tile, hidden.shape[1])
     return (

@@ -76,7 +76,7 @@ def predict_scratch(
             # The inputs of the linears too, and of norms and gates.
             kept = (linears + 4 * d + 2 * q + 3 * f) * item
     scores = FLOAT32_BYTES * rows * config.num_heads * length * length
-    tile = min(tokens, tile_tokens(tokens, config.vocab_size))
+    tile = min(tokens, tile_tokens(tokens, config.vocab_size, tokens * d * item))
     return StepScratch(
         kept=config.num_layers * tokens * kept,
         layer=tokens * live,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fabric_kernels.block_quantization import BlockTable, dequantize_blocks, no_gradient
+from fabric_kernels.table_matmul.dot import row_product
 from fabric_kernels.table_matmul.tiles import tiled_product, tiled_transposed
 
 TILE_BYTES = 8 << 20
@@ -21,7 +22,9 @@ def tile_rows(n: int, k: int) -> int:
 @jax.custom_vjp
 def block_product(x: jax.Array, table: BlockTable) -> jax.Array:
     """``x[..., K] · table[N, K]^T``, float32 [..., N]; no gradient by the table."""
-    rows = table.shape[0]
+    rows, k = table.shape
+    if x.size == k and jax.default_backend() != "cpu":
+        return row_product(x, dequantize_blocks(table, x.dtype))
     return tiled_product(x, rows=rows, tile=tile_rows(*table.shape), read=_reader(table, x.dtype))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,18 @@ from jax.ad_checkpoint import checkpoint_name
 from fabric_kernels.gradients import with_gradient_of
 from fabric_kernels.low_rank import LowRank, low_rank_product
 from fabric_kernels.packing import Packing
-from fabric_kernels.ternary_matmul import cpu
+from fabric_kernels.ternary_matmul import cpu, xla
+from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
 from fabric_kernels.ternary_matmul.select import (
     WITH_ADAPTERS,
     Implementation,
+    Product,
+    Products,
     products,
     products_with_adapters,
+    resolve,
     select_implementation,
+    side_implementation,
 )
 from fabric_kernels.ternary_matmul.weight import TernaryWeight, no_gradient
 
@@ -54,7 +59,7 @@ def ternary_matmul(
     chosen = select_implementation(implementation)
     weight = _weight(packed, x.shape[-1], packing)
     if x.dtype == jnp.int8:
-        return products(chosen).matmul(x, weight)
+        return _products(chosen, "linear", x, weight).matmul(x, weight)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"ternary_matmul takes int8 codes or floats, found {x.dtype}")
     return _float_matmul(chosen, x, weight)
@@ -94,6 +99,7 @@ def ternary_linear(
     weights: Sequence[TernaryWeight],
     adapters: Sequence[LowRank | None] | None = None,
     *,
+    prologue: Prologue | None = None,
     kept: jax.Array | None = None,
     implementation: Implementation | None = None,
     gradient_bits: GradientBits = 16,
@@ -104,6 +110,7 @@ def ternary_linear(
         x: [..., K], floats; quantised per token to int8 by absmax, once for all matrices.
         weights: up to four, with the same K, packing and layer.
         adapters: a low-rank adapter for each weight, or None; it reads the un-quantised ``x``.
+        prologue: what happens to ``x`` first; some kernels do it on the way.
         kept: what the backward pass reads in place of ``x``, of its shape and dtype; the gradient
             then goes to it, and none to ``x``.
         implementation: which one to run; ``None`` picks. A named one runs or raises.
@@ -118,7 +125,8 @@ def ternary_linear(
     Raises:
         TypeError: ``x`` is not a float, a weight not uint8 or a scale not float32, or ``kept`` is
             of another dtype than ``x``.
-        ValueError: shapes, packings or the number of weights do not fit, or a name is unknown.
+        ValueError: shapes, packings or the number of weights do not fit, a name is unknown, or both
+            a prologue and ``kept`` are given.
     """
     chosen = select_implementation(implementation)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -141,7 +149,13 @@ def ternary_linear(
     for weight, adapter in zip(weights, own, strict=True):
         if adapter is not None:
             _check_adapter(weight, adapter)
-    if chosen in WITH_ADAPTERS:
+    if prologue is not None:
+        if kept is not None:
+            raise ValueError("what is kept is the input of the quantiser: give it no prologue")
+        if all(adapter is None for adapter in own) and _fuses(chosen, x, weights[0]):
+            return _linear_after(chosen, x, prologue, tuple(weights))
+        x = apply_prologue(x, prologue, implementation=side_implementation(implementation))
+    if _resolved(chosen, "linear", x, weights[0]) in WITH_ADAPTERS:
         return _adapted_linear((chosen, gradient_bits), x, kept, tuple(weights), own)
     base_input = x if kept is None else with_gradient_of(x, kept)
     outputs = cast(tuple[jax.Array, ...], _linear(chosen, base_input, tuple(weights)))
@@ -175,9 +189,22 @@ def _weight(packed: jax.Array, k: int, packing: Packing) -> TernaryWeight:
     return weight
 
 
+def _products(
+    chosen: Implementation, product: Product, rows: jax.Array, weight: TernaryWeight
+) -> Products:
+    """What runs a product of ``rows`` [..., K] or [..., N]."""
+    return products(_resolved(chosen, product, rows, weight))
+
+
+def _resolved(
+    chosen: Implementation, product: Product, rows: jax.Array, weight: TernaryWeight
+) -> Implementation:
+    return resolve(chosen, product, rows.size // max(rows.shape[-1], 1), weight)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_matmul(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> jax.Array:
-    return products(chosen).matmul(x, weight)
+    return _products(chosen, "linear_transposed", x, weight).matmul(x, weight)
 
 
 def _float_matmul_fwd(
@@ -197,7 +224,7 @@ _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_transposed(chosen: Implementation, g: jax.Array, weight: TernaryWeight) -> jax.Array:
-    return products(chosen).matmul_transposed(g, weight)
+    return _products(chosen, "linear_transposed", g, weight).matmul_transposed(g, weight)
 
 
 def _float_transposed_fwd(
@@ -220,7 +247,7 @@ _Weights = tuple[TernaryWeight, ...]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(chosen: Implementation, x: jax.Array, weights: _Weights) -> tuple[jax.Array, ...]:
-    return products(chosen).linear(x, weights)
+    return _products(chosen, "linear", x, weights[0]).linear(x, weights)
 
 
 def _linear_fwd(
@@ -232,11 +259,52 @@ def _linear_fwd(
 def _linear_bwd(
     chosen: Implementation, weights: _Weights, gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, _Weights]:
-    dx = products(chosen).linear_transposed(gradients, weights)
+    run = _products(chosen, "linear_transposed", gradients[0], weights[0])
+    dx = run.linear_transposed(gradients, weights)
     return dx, tuple(no_gradient(weight) for weight in weights)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def _fuses(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> bool:
+    """Whether the kernel for few tokens runs, which gates and normalises by itself."""
+    if _resolved(chosen, "linear", x, weight) != "triton":
+        return False
+    rows = x.size // max(x.shape[-1], 1)
+    return cast(Any, products("triton")).fuses_prologue(rows, weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_after(
+    chosen: Implementation, x: jax.Array, prologue: Prologue, weights: _Weights
+) -> tuple[jax.Array, ...]:
+    del chosen
+    return cast(Any, products("triton")).linear_after(x, weights, prologue)
+
+
+def _linear_after_fwd(
+    chosen: Implementation, x: jax.Array, prologue: Prologue, weights: _Weights
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, Prologue, _Weights]]:
+    return _linear_after(chosen, x, prologue, weights), (x, prologue, weights)
+
+
+def _linear_after_bwd(
+    chosen: Implementation,
+    residuals: tuple[jax.Array, Prologue, _Weights],
+    gradients: tuple[jax.Array, ...],
+) -> tuple[jax.Array, Prologue, _Weights]:
+    """The gradient of the same in two steps."""
+    x, prologue, weights = residuals
+
+    def steps(x: jax.Array, prologue: Prologue) -> tuple[jax.Array, ...]:
+        return _linear(chosen, apply_prologue(x, prologue, implementation="xla"), weights)
+
+    dx, d_prologue = jax.vjp(steps, x, prologue)[1](gradients)
+    return dx, d_prologue, tuple(no_gradient(weight) for weight in weights)
+
+
+_linear_after.defvjp(_linear_after_fwd, _linear_after_bwd)
 
 
 _How = tuple[Implementation, GradientBits]
@@ -251,7 +319,8 @@ def _adapted_linear(
     adapters: _Adapters,
 ) -> tuple[jax.Array, ...]:
     del kept
-    return products_with_adapters(how[0]).linear_with_adapters(x, weights, adapters)[0]
+    name = _resolved(how[0], "linear", x, weights[0])
+    return products_with_adapters(name).linear_with_adapters(x, weights, adapters)[0]
 
 
 _Residuals = tuple[jax.Array | None, jax.Array | None, _Weights, _Adapters, tuple[jax.Array, ...]]
@@ -264,8 +333,8 @@ def _adapted_linear_fwd(
     weights: _Weights,
     adapters: _Adapters,
 ) -> tuple[tuple[jax.Array, ...], _Residuals]:
-    run = products_with_adapters(how[0]).linear_with_adapters
-    outputs, narrow = run(x, weights, adapters)
+    name = _resolved(how[0], "linear", x, weights[0])
+    outputs, narrow = products_with_adapters(name).linear_with_adapters(x, weights, adapters)
     # Kept under a name of their own, the narrow products spare a rematerialised backward pass the
     # whole call: they are R floats a token.
     narrow = tuple(checkpoint_name(u, NARROW_PRODUCT) for u in narrow)
@@ -282,8 +351,11 @@ def _adapted_linear_bwd(
     x, kept, weights, adapters, narrow = residuals
     read = kept if x is None else x
     assert read is not None
-    run = products_with_adapters(how[0]).transposed_with_adapters
-    dx, pairs = run(read, gradients, weights, adapters, narrow, bits=how[1])
+    name = _resolved(how[0], "linear_transposed", gradients[0], weights[0])
+    # A table may choose XLA, which has the products alone; what adapters add is Triton's then.
+    extra = {"products": xla.unscaled_transposed(gradients, weights)} if name == "xla" else {}
+    run = products_with_adapters("triton" if name == "xla" else name).transposed_with_adapters
+    dx, pairs = run(read, gradients, weights, adapters, narrow, bits=how[1], **extra)
     d_adapters = tuple(
         None
         if adapter is None or pair is None

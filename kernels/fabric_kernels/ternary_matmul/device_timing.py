@@ -8,6 +8,7 @@ and results are what the loop carries.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -23,16 +24,33 @@ Turn = Callable[[jax.Array, Any], Sequence[jax.Array]]
 """The number of the turn and operands to the results of all its products."""
 
 
-def median_seconds(
-    turn: Turn, operands: Any, *, limit_seconds: float, samples: int
-) -> tuple[float, float]:
-    """Seconds of a turn: the median, and the spread of the middle half in parts of it.
+@dataclass(frozen=True, kw_only=True)
+class CompiledTurns:
+    """A loop of ``turns`` turns, compiled for its operands."""
+
+    run: Callable[[Any], Any]
+    operands: Any
+    turns: int
+
+    def median_seconds(self, samples: int) -> tuple[float, float]:
+        """Seconds of a turn: the median, and the spread of the middle half in parts of it."""
+        jax.block_until_ready(self.run(self.operands))
+        taken = np.empty(samples)
+        for i in range(samples):
+            start = time.perf_counter()
+            jax.block_until_ready(self.run(self.operands))
+            taken[i] = (time.perf_counter() - start) / self.turns
+        low, median, high = np.percentile(taken, (25, 50, 75))
+        return float(median), float((high - low) / median)
+
+
+def compile_turns(turn: Turn, operands: Any, *, limit_seconds: float) -> CompiledTurns:
+    """Compiles the loop; several may be compiled at once, in threads.
 
     Args:
         turn: what is timed.
         operands: arrays, made beforehand.
         limit_seconds: what a turn takes at least, from which follows how many make a sample.
-        samples: how many are taken.
     """
     turns = int(np.clip(np.ceil(SAMPLE_SECONDS / limit_seconds), 4, MOST_TURNS))
     shapes = jax.eval_shape(turn, jnp.int32(0), operands)
@@ -45,12 +63,6 @@ def median_seconds(
         first = [jnp.zeros(one.shape, one.dtype) for one in shapes]
         return lax.fori_loop(0, turns, body, first)
 
-    compiled = jax.jit(loop).lower(operands).compile()
-    jax.block_until_ready(compiled(operands))
-    taken = np.empty(samples)
-    for i in range(samples):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(operands))
-        taken[i] = (time.perf_counter() - start) / turns
-    low, median, high = np.percentile(taken, (25, 50, 75))
-    return float(median), float((high - low) / median)
+    return CompiledTurns(
+        run=jax.jit(loop).lower(operands).compile(), operands=operands, turns=turns
+    )

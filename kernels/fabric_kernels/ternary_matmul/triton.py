@@ -18,27 +18,32 @@ import jax.numpy as jnp
 
 from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.low_rank import LowRank
-from fabric_kernels.ternary_matmul.triton_call import on_platform
+from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
 from fabric_kernels.ternary_matmul.triton_group import (
     add_by_xla,
     linear_group,
     transposed_group,
 )
 from fabric_kernels.ternary_matmul.triton_layout import (
+    MULTIPROCESSORS,
     check_float,
     kernels,
     planes_of,
+    power,
     product_tile,
     stack_of,
     width_of,
 )
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
+from fabric_kernels.triton_call import on_platform
 
 if TYPE_CHECKING:
     from fabric_kernels.ternary_matmul.triton_kernels import Tile
 
 FEW_TOKENS = 8
 """Up to these many rows a product is bound by reading the weights."""
+QUANTIZED_BY_EACH = 2
+"""Up to these many rows each program quantises them by itself, which spares a launch."""
 
 
 # ---- the functions of an implementation --------------------------------------------------------
@@ -67,6 +72,22 @@ def linear_with_adapters(
     else:
         outputs, narrow = linear_group(rows, all_, own)
     return _with_axes(outputs, leading), _with_axes(narrow, leading)
+
+
+def fuses_prologue(rows: int, weight: TernaryWeight) -> bool:
+    """Whether :func:`linear_after` takes these."""
+    return 0 < rows <= QUANTIZED_BY_EACH and weight.packing == "ternary2"
+
+
+def linear_after(
+    x: jax.Array, weights: Sequence[TernaryWeight], prologue: Prologue
+) -> tuple[jax.Array, ...]:
+    """``linear`` of ``norm(act(gate) · x)``, in one launch; where :func:`fuses_prologue`."""
+    check_float(x)
+    gate = prologue.gate
+    flat = replace(prologue, gate=None if gate is None else gate.reshape(-1, x.shape[-1]))
+    outputs = _few_tokens(x.reshape(-1, x.shape[-1]), tuple(weights), x.dtype, flat)
+    return _with_axes(outputs, x.shape[:-1])
 
 
 def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
@@ -162,15 +183,6 @@ def _with_axes(rows: Sequence[jax.Array], leading: tuple[int, ...]) -> tuple[jax
     return tuple(one.reshape(*leading, one.shape[-1]) for one in rows)
 
 
-def _quantized(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Codes [M, K], their sums int32 [M], and what multiplies a token, float32 [M]."""
-    factor = None
-    if rows.dtype != jnp.int8:
-        rows, scale = absmax_quantize(rows)
-        factor = 1.0 / scale[:, 0]
-    return rows, jnp.sum(rows, axis=-1, dtype=jnp.int32), factor
-
-
 def _many_tokens(codes: jax.Array, weight: TernaryWeight) -> jax.Array:
     m = codes.shape[0]
     tile = product_tile(m, weight.n, width_of(weight), codes.dtype)
@@ -188,31 +200,34 @@ def _products(
 
 
 def _few_tokens(
-    rows: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype
+    rows: jax.Array,
+    weights: tuple[TernaryWeight, ...],
+    dtype: jnp.dtype,
+    prologue: Prologue | None = None,
 ) -> tuple[jax.Array, ...]:
-    m, width = rows.shape[0], width_of(weights[0])
-    tile = _row_tile(m, width)
+    tile = _row_tile(width_of(weights[0]), min(w.n for w in weights))
     packed, scales, layers = zip(*(stack_of(w) for w in weights), strict=True)
+    before = prologue or Prologue()
 
-    def call(rows: jax.Array, packed: Any, layers: Any, scales: Any, *, mode: Any) -> Any:
+    def call(
+        rows: jax.Array, gate: Any, gain: Any, packed: Any, layers: Any, scales: Any, *, mode: Any
+    ) -> Any:
         few = kernels()[1]
-        if rows.dtype == jnp.int8 or mode == "rocm":
-            codes, sums, factor = _quantized(rows)
-            planes = planes_of(codes, weights[0], tile.m, tile.w)
-        else:
-            planes, sums, factor = few.quantize(rows, width + -width % tile.w, mode=mode)
-        factors = None if factor is None else (factor, scales)
-        return few.few_tokens(
-            planes, packed, layers, m, tile, mode=mode, sums=sums, factors=factors, dtype=dtype
-        )
+        row = few.Row(x=rows, gate=gate, activation=before.activation, gain=gain, eps=before.eps)
+        if rows.dtype != jnp.int8 and (mode == "rocm" or rows.shape[0] > QUANTIZED_BY_EACH):
+            after = replace(before, gate=gate, gain=gain)
+            codes, scale = absmax_quantize(apply_prologue(rows, after, implementation="xla"))
+            row = few.Row(x=codes, factors=1.0 / scale[:, 0])
+        return few.few_tokens(row, packed, layers, scales, tile, mode=mode, dtype=dtype)
 
-    return on_platform(call, rows, packed, layers, scales)
+    return on_platform(call, rows, before.gate, before.gain, packed, layers, scales)
 
 
-def _row_tile(m: int, width: int) -> "Tile":
-    """16 bytes a thread, and few enough sums for its registers."""
-    warps = 1
-    while warps < 8 and -(-width // (512 * warps)) > 3:
-        warps *= 2
-    rows = 4 if m <= 2 else 2 if m <= 4 else 1
-    return kernels()[0].Tile(m=1, n=rows, w=512 * warps, warps=warps, stages=1)
+def _row_tile(width: int, n: int) -> "Tile":
+    """Whole rows of the matrix, about 128 bytes to a thread, unless that leaves some GPU idle."""
+    w = power(width, 32)
+    warps = min(8, max(4, w // 512))
+    rows = max(1, 128 * 32 * warps // w)
+    while rows > 4 and -(-n // rows) < 2 * MULTIPROCESSORS:
+        rows //= 2
+    return kernels()[0].Tile(m=1, n=rows, w=w, warps=warps, stages=1)

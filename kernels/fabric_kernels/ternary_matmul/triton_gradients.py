@@ -18,7 +18,6 @@ from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.low_rank import LowRank
 from fabric_kernels.packing import Packing
-from fabric_kernels.ternary_matmul.triton_call import Mode
 from fabric_kernels.ternary_matmul.triton_kernels import (
     Columns,
     Ref,
@@ -35,6 +34,7 @@ from fabric_kernels.ternary_matmul.triton_kernels import (
     sum_rows,
 )
 from fabric_kernels.ternary_matmul.triton_quantize import NarrowTile, narrow_products, side_by_side
+from fabric_kernels.triton_call import Mode
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from jax import lax
 
 from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.low_rank import LowRank, contract_with
-from fabric_kernels.ternary_matmul.triton_call import Mode, on_platform
 from fabric_kernels.ternary_matmul.triton_layout import (
     group_kernels,
     kernels,
@@ -31,6 +30,7 @@ from fabric_kernels.ternary_matmul.triton_layout import (
     width_of,
 )
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
+from fabric_kernels.triton_call import Mode, on_platform
 
 MAX_RANK = 128
 """Adapters of more are products of their own, which are large enough for XLA's."""

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE
-from fabric_kernels.ternary_matmul.triton_call import without_deprecation
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
+from fabric_kernels.triton_call import without_deprecation
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -19,7 +19,6 @@ from jax.experimental.pallas import triton as plgpu
 from fabric_kernels.absmax import EPSILON
 from fabric_kernels.low_rank import LowRank
 from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE, Packing
-from fabric_kernels.ternary_matmul.triton_call import Mode
 from fabric_kernels.ternary_matmul.triton_kernels import (
     Columns,
     Ref,
@@ -28,6 +27,7 @@ from fabric_kernels.ternary_matmul.triton_kernels import (
     padded_rank,
     scale_at,
 )
+from fabric_kernels.triton_call import Mode
 
 
 @dataclass(frozen=True)

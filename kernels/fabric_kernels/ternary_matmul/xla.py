@@ -16,9 +16,9 @@ from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.packing import CODES_PER_BYTE, unpack
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
-# A float copy of a matrix above this, and above the rows that it is multiplied with, is made in tiles
-# of about this size. It still lies in a cache, and the tiles are large enough for the dot to run at
-# the speed of an untiled one.
+# A float copy of a matrix above this, and above the rows that it is multiplied with, is made in
+# tiles of about this size. It still lies in a cache, and the tiles are large enough for the dot to
+# run at the speed of an untiled one.
 FLOAT_SCRATCH_BYTES = 4 << 20
 MIN_TILE_ROWS = 128
 
