@@ -250,8 +250,8 @@ def test_lowers_without_a_copy_of_the_stack(platform: str, m: int, packing: Pack
     forward = lowered(triton.linear, x, weights, platform=platform)
     backward = lowered(triton.linear_transposed, gradients, weights, platform=platform)
     few = m <= triton.FEW_TOKENS and packing == "ternary2"
-    # Few tokens: one launch for both matrices.
-    assert forward.count("xla.gpu.triton") == (1 if few else 2)
+    # Few tokens: one launch for both matrices. More: a quantiser, where it rounds as it should.
+    assert forward.count("xla.gpu.triton") == (1 if few or platform == "rocm" else 2)
     assert backward.count("xla.gpu.triton") == 2
     for text in (forward, backward):
         sliced = [line for line in text.splitlines() if "slice" in line and "ui8" in line]

@@ -106,49 +106,57 @@ def over_outputs(
         Parts of ``sum scale · (g · codes)``, float32 [P, M, k]; and ``scale · g · B^T`` of the
         adapters side by side, [M, sum R] in g's dtype.
     """
-    m = gradients[0].shape[0]
-    lengths = [parts.of(g.shape[1]) if parts else 0 for g in gradients]
+    m, dtype = gradients[0].shape[0], gradients[0].dtype
     present = [one for one in adapters if one is not None]
     ranks = [one.b.shape[0] for one in present]
-    dtype = gradients[0].dtype
-    shapes = [jax.ShapeDtypeStruct((sum(lengths), m, k), jnp.float32)] if parts else []
-    shapes += [jax.ShapeDtypeStruct((m, sum(ranks)), dtype)] if present else []
-
-    def programs(matrices: Any, part: int) -> int:
-        assert parts
-        return lengths[part] * _tiles(m, matrices[part][0].shape[2], parts.tile)
+    shapes: list[Any] = []
+    counts = [pl.cdiv(m, tile.m)] * len(present)
+    params = plgpu.CompilerParams(num_warps=4, num_stages=tile.stages)
+    if parts:
+        lengths = [parts.of(g.shape[1]) for g in gradients]
+        shapes.append(jax.ShapeDtypeStruct((sum(lengths), m, k), jnp.float32))
+        counts += [n * _tiles(m, matrices[0][0].shape[2], parts.tile) for n in lengths]
+        params = parts.tile.params()
+    if present:
+        shapes.append(jax.ShapeDtypeStruct((m, sum(ranks)), dtype))
 
     def kernel(gradients: Any, matrices: Any, b: Any, *outputs: Ref) -> None:
         members = [g for g, one in zip(gradients, adapters, strict=True) if one is not None]
         narrow = side_by_side(outputs[-1], ranks)
         work: list[Any] = []
         for g, out, b_ref, adapter in zip(members, narrow, b, present, strict=True):
-            body = partial(narrow_products, g, [(b_ref, out, adapter.scale)], tile)
-            work.append((pl.cdiv(m, tile.m), body))
-        for i, matrix in enumerate(matrices if parts else ()):
-            assert parts
-            first = sum(lengths[:i])
-            body = partial(
-                _part, gradients[i], matrix, outputs[0], first, lengths[i], parts, packing, mode
-            )
-            work.append((programs(matrices, i), body))
-        run_parts(work)
+            work.append(partial(narrow_products, g, [(b_ref, out, adapter.scale)], tile))
+        if parts:
+            work += _parts(gradients, matrices, outputs[0], parts, packing, mode)
+        run_parts(list(zip(counts, work, strict=True)))
 
     outputs = pl.pallas_call(
         kernel,
         out_shape=shapes,
-        grid=(
-            len(present) * pl.cdiv(m, tile.m)
-            + sum(programs(matrices, i) for i in range(len(matrices) if parts else 0)),
-        ),
-        compiler_params=parts.tile.params()
-        if parts
-        else plgpu.CompilerParams(num_warps=4, num_stages=tile.stages),
+        grid=(sum(counts),),
+        compiler_params=params,
         interpret=mode == "interpret",
         name="ternary_over_outputs",
     )(list(gradients), list(matrices) if parts else [], [one.b for one in present])
     narrow = outputs[-1] if present else jnp.zeros((m, 0), dtype)
     return outputs[0] if parts else None, narrow
+
+
+def _parts(
+    gradients: Sequence[Ref],
+    matrices: Sequence[tuple[Ref, Ref, Ref]],
+    out: Ref,
+    parts: Parts,
+    packing: Packing,
+    mode: Mode,
+) -> list[Any]:
+    """What a program does, for each matrix."""
+    lengths = [parts.of(g.shape[1]) for g in gradients]
+    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [
+        partial(_part, g, matrix, out, first, count, parts, packing, mode)
+        for g, matrix, first, count in zip(gradients, matrices, firsts, lengths, strict=True)
+    ]
 
 
 def _tiles(m: int, width: int, tile: Tile) -> int:
@@ -217,24 +225,23 @@ def add_up(
         for u in narrow:
             shapes.append(jax.ShapeDtypeStruct((count, u.count, wide.shape[1]), jnp.float32))
 
+    programs = [_sum_programs(parts, tile) for parts in firsts]
+    programs += [count * pl.cdiv(wide.shape[1], tile.columns) for _, wide in pairs]
+
     def kernel(firsts: Any, sums: Any, pairs: Any, *outputs: Ref) -> None:
         left = list(outputs)
         work: list[Any] = []
         for first, (factor, more, shares) in zip(firsts, sums, strict=True):
-            body = partial(_sum, [(first, factor), *more], shares, left.pop(0), tile)
-            work.append((_sum_programs(first, tile), body))
+            work.append(partial(_sum, [(first, factor), *more], shares, left.pop(0), tile))
         for narrow, wide in pairs:
             own, left = left[: len(narrow)], left[len(narrow) :]
-            body = partial(_over_tokens, narrow, wide, own, tile)
-            work.append((count * pl.cdiv(wide.shape[1], tile.columns), body))
-        run_parts(work)
+            work.append(partial(_over_tokens, narrow, wide, own, tile))
+        run_parts(list(zip(programs, work, strict=True)))
 
-    programs = sum(_sum_programs(parts, tile) for parts in firsts)
-    programs += count * sum(pl.cdiv(wide.shape[1], tile.columns) for _, wide in pairs)
     outputs = pl.pallas_call(
         kernel,
         out_shape=shapes,
-        grid=(programs,),
+        grid=(sum(programs),),
         input_output_aliases=in_place,
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=mode == "interpret",
@@ -267,17 +274,16 @@ def _sum(
     across = pl.cdiv(out.shape[2], tile.columns)
     row, column = lax.div(program, across) * tile.m, lax.rem(program, across) * tile.columns
     shape = (tile.m, tile.columns)
-    # All loads come first: what follows on one waits for memory.
-    values = [
-        [load(parts, (row, column), shape, lead=(i,)) for i in range(parts.shape[0])]
-        for parts, _ in terms
-    ]
+    # Shares come first: added to a sum they have Triton bring every part of it into the layout of a
+    # matrix unit by itself, with barriers between one load and the next.
     y = jnp.zeros(shape, jnp.float32)
-    for own, (_, factor) in zip(values, terms, strict=True):
-        part = sum((value.astype(jnp.float32) for value in own[1:]), own[0].astype(jnp.float32))
-        y = y + (part if factor is None else part * scale_at(factor[0], factor[1][0]))
     for share in shares:
         y = y + share_at(share, (row, column), shape)
+    for parts, factor in terms:
+        part = load(parts, (row, column), shape, lead=(0,)).astype(jnp.float32)
+        for i in range(1, parts.shape[0]):
+            part = part + load(parts, (row, column), shape, lead=(i,)).astype(jnp.float32)
+        y = (part if factor is None else part * scale_at(factor[0], factor[1][0])) + y
     store(out, y.astype(out.dtype), row, column, lead=(0,))
 
 

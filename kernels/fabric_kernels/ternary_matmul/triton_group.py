@@ -111,7 +111,9 @@ def _quantized_by_xla(
     bottom = (0, layout.rows - x.shape[0])
     sums = jnp.pad(jnp.sum(codes, axis=-1, dtype=jnp.int32), bottom)
     factor = 1.0 / scale[:, 0]
-    factors = [jnp.pad(factor * weight.single().scale, bottom) for weight in weights]
+    places = [stack_of(weight)[1:] for weight in weights]
+    scales = [scale[layer[0] if len(scale) > 1 else 0] for scale, layer in places]
+    factors = [jnp.pad(factor * scale, bottom) for scale in scales]
     if layout.packing is None:
         codes = jnp.pad(codes, (bottom, (0, layout.columns - codes.shape[1])))
     else:
