@@ -219,7 +219,9 @@ def _added(planes: list[jax.Array]) -> jax.Array:
 
 def _gated(gate: jax.Array, x: jax.Array, activation: Gate) -> jax.Array:
     """Steps rounded as ``gated_product``'s; Triton has no division in half precision."""
-    return activate(gate.astype(jnp.float32), activation).astype(x.dtype) * x
+    if activation == "silu":
+        return gate * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(gate.dtype) * x
+    return activate(gate, activation) * x
 
 
 def _normalise(
