@@ -26,6 +26,7 @@ TARGETS = {
     "fabric_ternary_linear": "FabricTernaryLinear",
     "fabric_ternary_transposed": "FabricTernaryTransposed",
     "fabric_table": "FabricTable",
+    "fabric_block_table": "FabricBlockTable",
     "fabric_table_transposed": "FabricTableTransposed",
     "fabric_norm": "FabricNorm",
     "fabric_norm_gradient": "FabricNormGradient",

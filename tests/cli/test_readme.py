@@ -9,6 +9,7 @@ import pytest
 import fabric_jax
 from fabric_jax.cli.arguments import parse
 from fabric_jax.cli.evaluate import EvaluateConfig
+from fabric_jax.cli.generate import GenerateConfig
 from fabric_jax.cli.main import COMMANDS
 from fabric_jax.conversion.config import ConvertConfig
 from fabric_jax.training.config import FinetuneConfig
@@ -21,6 +22,7 @@ CONFIGS = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "convert": ConvertConfig,
+    "generate": GenerateConfig,
     "memory": MemoryConfig,
 }
 

@@ -69,15 +69,29 @@ void Rotate(const float* x, int64_t width, const float* cos, const float* sin, f
 template <CacheType kType>
 void Scores(const float* q, const typename Element<kType>::Stored* keys, int64_t width,
             int64_t count, float* scores) {
+  const int64_t whole = width - width % kLanes;
   for (int64_t s = 0; s < count; s += kLanes) {
     Floats acc[kLanes];
-    const int64_t valid = std::min<int64_t>(kLanes, count - s);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      // Slots after the last repeat it: their results are not used.
-      const auto* key = keys + (s + std::min(i, valid - 1)) * width;
-      acc[i] = Isa::MulFloats(LoadPart<kType>(key, 0, width), Isa::LoadFloats(q));
-      for (int64_t d = kLanes; d < width; d += kLanes) {
-        acc[i] = Isa::MultiplyAdd(LoadPart<kType>(key, d, width), Isa::LoadFloats(q + d), acc[i]);
+    const auto* key = keys + s * width;
+    // Slots after the last repeat it: their results are not used.
+    const int64_t last = (std::min<int64_t>(kLanes, count - s) - 1) * width;
+    int64_t at[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      at[i] = std::min(i * width, last);
+      acc[i] = Isa::SplatFloat(0);
+    }
+    for (int64_t d = 0; d < whole; d += kLanes) {
+      const Floats own = Isa::LoadFloats(q + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        acc[i] = Isa::MultiplyAdd(Element<kType>::Load(key + at[i] + d), own, acc[i]);
+      }
+    }
+    if (whole < width) {
+      const Floats own = Isa::LoadFloats(q + whole);
+      for (int i = 0; i < kLanes; ++i) {
+        acc[i] = Isa::MultiplyAdd(LoadPart<kType>(key + at[i], whole, width), own, acc[i]);
       }
     }
     Vec turned[kLanes];
