@@ -67,7 +67,7 @@ def main() -> int:
         if record.kind not in KINDS:
             raise ValueError(f"measure() gave the kind {record.kind!r}; there are {KINDS}")
     except NotOnThisPlatform as reason:
-        record = replace(draft, status="unsupported", detail=str(reason))
+        record = replace(draft, status="unsupported", detail=shortened(str(reason)))
     except Exception as error:
         # Also what XLA raises: its errors have no class of their own for lack of memory.
         traceback.print_exc()
@@ -160,7 +160,12 @@ def _as_json(value: Any) -> Any:
 
 
 def _short(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}".strip()
+    return shortened(f"{type(error).__name__}: {error}")
+
+
+def shortened(text: str) -> str:
+    """At most 600 characters, without folders of this machine."""
+    text = re.sub(r"(?:/[\w.+-]+)+/(?=[\w.+-]+\.\w)", "", text.strip())
     return text if len(text) <= 600 else f"{text[:580]} [shortened]"
 
 

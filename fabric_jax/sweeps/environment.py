@@ -2,11 +2,16 @@
 
 import os
 import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 
 from fabric_jax.sweeps.experiment import PLATFORM_VARIABLE
 
 # What jax is told on each platform. Where nothing runs, programs are made by a process on the CPU.
 BACKENDS = {"cpu": "cpu", "cuda": "cuda,cpu"}
+# Each process has its context besides its pool.
+WHOLE_DEVICE = 0.9
 # What a shell may have set for something else and would change what is measured.
 UNSET = (
     *("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
@@ -28,10 +33,45 @@ def chosen_variables(platform: str, own: dict[str, str], cache: str) -> dict[str
         # With a pool of its own the allocator counts what was asked for; without, it hands out
         # (and counts) blocks of up to twice the size.
         chosen["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
+    if platform not in BACKENDS:
+        # The CPU's own kernels would otherwise be picked for programs that are not for it.
+        chosen["FABRIC_KERNELS_CPU"] = "0"
     if cache:
         chosen["JAX_COMPILATION_CACHE_DIR"] = cache
         chosen["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return chosen | own
+
+
+class SharedDevice:
+    """Lets cells run beside one another as far as their shares of the device's memory allow.
+
+    Args:
+        jobs: cells at a time; with one there is nothing to share.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        """The whole device is free."""
+        self._jobs = jobs
+        self._free = WHOLE_DEVICE
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def share(self, chosen: dict[str, str]) -> Generator[None]:
+        """Waits for the share that a cell's variables claim; a pool without one is everything."""
+        wanted = 0.0
+        if self._jobs > 1 and chosen.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "true":
+            fraction = float(chosen.get("XLA_PYTHON_CLIENT_MEM_FRACTION", WHOLE_DEVICE))
+            wanted = min(fraction, WHOLE_DEVICE)
+        with self._changed:
+            # Shares are sums of hundredths.
+            self._changed.wait_for(lambda: self._free >= wanted - 1e-6)
+            self._free -= wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += wanted
+                self._changed.notify_all()
 
 
 def process_environment(chosen: dict[str, str]) -> dict[str, str]:

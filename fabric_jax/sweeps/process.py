@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fabric_jax.sweeps.child import Job, out_of_memory
+from fabric_jax.sweeps.child import Job, out_of_memory, shortened
 
 INTERVAL_SECONDS = 0.05
 TAIL = 1500
@@ -104,7 +104,7 @@ def _judge(code: int, said: str, seconds: float, *, oom_killed: bool) -> Ending:
         )
     status = "out_of_memory" if out_of_memory(said) else "crash"
     last = said.strip().splitlines()[-3:]
-    return Ending(status=status, detail="; ".join([name, *last])[:600], seconds=seconds)
+    return Ending(status=status, detail=shortened("; ".join([name, *last])), seconds=seconds)
 
 
 def resident_bytes(process: int) -> int:

@@ -16,6 +16,7 @@ from fabric_jax.files import write_json
 from fabric_jax.sweeps.cells import cell_to_json, describe, distinguishing, select
 from fabric_jax.sweeps.child import Job, draft_record
 from fabric_jax.sweeps.environment import (
+    SharedDevice,
     chosen_variables,
     process_environment,
     recorded_variables,
@@ -151,13 +152,17 @@ def _run_all(
     board: Board,
     stop: threading.Event,
 ) -> None:
+    device = SharedDevice(options.jobs)
+
     def one(task: Task) -> None:
-        if stop.is_set():
-            return
-        task.state, task.started = "running", time.monotonic()
-        board.update(task)
-        _run_task(experiment, options, task, stop)
-        board.update(task)
+        chosen = _variables(experiment, options, task)
+        with device.share(chosen):
+            if stop.is_set():
+                return
+            task.state, task.started = "running", time.monotonic()
+            board.update(task)
+            _run_task(experiment, options, task, chosen, stop)
+            board.update(task)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = [pool.submit(one, task) for task in tasks]
@@ -171,11 +176,18 @@ def _run_all(
             raise
 
 
-def _run_task(
-    experiment: Experiment, options: SweepOptions, task: Task, stop: threading.Event
-) -> None:
+def _variables(experiment: Experiment, options: SweepOptions, task: Task) -> dict[str, str]:
     own = experiment.environment(task.cell, options.platform) if experiment.environment else {}
-    chosen = chosen_variables(options.platform, own, _absolute(options.cache))
+    return chosen_variables(options.platform, own, _absolute(options.cache))
+
+
+def _run_task(
+    experiment: Experiment,
+    options: SweepOptions,
+    task: Task,
+    chosen: dict[str, str],
+    stop: threading.Event,
+) -> None:
     draft = replace(
         task.draft,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -245,7 +257,10 @@ def _task(
         figure=None if experiment.figure is None else experiment.figure.to_json(),
         columns=list(experiment.columns),
     )
-    path = Path(options.out) / experiment.name / f"{options.platform}-{slug}-{digest}.json"
+    folder = Path(options.out) / experiment.name
+    # Its name may have been another one beside other cells.
+    there = sorted(folder.glob(f"{options.platform}-*-{digest}.json"))
+    path = there[0] if there else folder / f"{options.platform}-{slug}-{digest}.json"
     return Task(cell=cell, draft=draft, path=path)
 
 

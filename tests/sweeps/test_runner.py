@@ -6,13 +6,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from fabric_jax.cli.main import main
 from fabric_jax.errors import FabricError
+from fabric_jax.sweeps.environment import SharedDevice, chosen_variables, process_environment
 from fabric_jax.sweeps.records import Record, read_folder
 from fabric_jax.sweeps.runner import SweepOptions, plan
 
@@ -86,9 +89,12 @@ def test_a_killed_sweep_goes_on_without_repeating_a_cell(tmp_path: Path) -> None
     paths = os.pathsep.join([str(HERE), str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": paths}
     dice = random.Random(0)
-    for _ in range(2):
+    for begun in (2, 5):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        time.sleep(dice.uniform(0.8, 1.3))
+        while not log.exists() or len(log.read_text().split()) < begun:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait()
     done = {str(record.cell["maybe"]) for record in by_name(out).values()}
@@ -172,3 +178,36 @@ def test_a_platform_must_be_known(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "cuda" in capsys.readouterr().err
     assert main(["sweep", "toy_experimen", "--out", str(tmp_path)]) == 2
     assert "no experiment" in capsys.readouterr().err
+
+
+def test_cells_share_a_device_by_their_fractions() -> None:
+    device, running, most = SharedDevice(4), [0.0], [0.0]
+    lock = threading.Lock()
+
+    def run(fraction: float) -> None:
+        variables = {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": str(fraction),
+        }
+        with device.share(variables):
+            with lock:
+                running[0] += fraction
+                most[0] = max(most[0], running[0])
+            time.sleep(0.02)
+            with lock:
+                running[0] -= fraction
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, [0.3, 0.3, 0.5, 0.2, 0.9, 0.1, 0.4]))
+    assert 0.5 < most[0] <= 0.9 + 1e-9
+
+
+def test_what_a_process_is_told_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    cuda = chosen_variables("cuda", {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"}, "cache")
+    assert process_environment(cuda)["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.1"
+    assert cuda["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+    tpu = chosen_variables("tpu-v5e", {}, "")
+    assert process_environment(tpu)["FABRIC_KERNELS_CPU"] == "0"
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in process_environment(tpu)
