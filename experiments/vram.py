@@ -9,6 +9,7 @@ Three columns: by dimensions, as compiled, and the device's peak where it runs (
 
 Eight minutes on two cores, compiled only; two to four on a GPU with 16 cores. A TPU's programs take
 20 seconds a cell, and libtpu (``pip install 'jax[tpu]'``) in the environment that runs the command.
+``experiments/on_cuda.sh`` runs this and ``finetune_throughput``.
 """
 
 import os
