@@ -1,7 +1,8 @@
 """How fast is LoRA fine-tuning: seconds an epoch, tokens a second, share of what the device can do?
 
 An epoch is the 264 biomedical rows of the published tables (``biomed_rows.py``): one row a step at
-128 positions as published, and packed into rows of 512, 16 a step, as one would today. Tokens are
+128 positions as published, packed into such rows, and packed into rows of 512, 16 a step, as one
+would today. Tokens are
 counted three ways: trainable (with a loss), real (not padding), positions (padding too).
 
     fabric-jax sweep experiments.finetune_throughput --platform cpu --out DIR model=bitnet-125m
@@ -44,8 +45,9 @@ class Config(StepConfig):
     """An epoch of a job.
 
     Attributes:
-        shape: ``published`` is one padded row of 128 positions a step; ``current`` 16 packed rows
-            of 512 in the recipe ``ours``; ``custom`` what rows, length, packing and recipe say.
+        shape: ``published`` is one padded row of 128 positions a step; ``packed`` the same with
+            several documents a row; ``current`` 16 packed rows of 512 in the recipe ``ours``;
+            ``custom`` what rows, length, packing and recipe say.
         packing: several documents a row.
         budget_seconds: after this the epoch is left, and its time is that of its steps so far
             times their number; 0 for the whole epoch.
@@ -72,6 +74,7 @@ def config() -> Config:
 def cells(base: Config) -> list[Config]:
     shapes: dict[str, dict[str, Any]] = {
         "published": {"rows": 1, "length": 128, "packing": False},
+        "packed": {"rows": 1, "length": 128, "packing": True},
         # What is kept of 8,192 positions without recomputing anything is more than a device has.
         "current": {"rows": 16, "length": 512, "packing": True, "recipe": "ours"},
     }

@@ -19,6 +19,8 @@ fabric() {
 jobs=${JOBS:-10}
 fabric experiments.vram --jobs "$jobs" --out "$records/vram" --bundle "$out/vram-cuda.jsonl"
 # Programs first, all at once; then one cell at a time has the device to itself.
-fabric experiments.finetune_throughput compile_only=true --jobs "$jobs" --out "$records/compiled"
-fabric experiments.finetune_throughput budget_seconds=3 --out "$records/throughput" \
-    --bundle "$out/finetune_throughput-cuda.jsonl"
+fabric experiments.finetune_throughput compile_only=true shape=published,current --jobs "$jobs" --out "$records/compiled"
+fabric experiments.finetune_throughput budget_seconds=3 shape=packed model=bitnet-125m,bitnet-1b \
+    --out "$records/throughput"
+fabric experiments.finetune_throughput budget_seconds=3 shape=published,current \
+    --out "$records/throughput" --bundle "$out/finetune_throughput-cuda.jsonl"

@@ -104,7 +104,7 @@ def epoch_tables(index: Index) -> list[Block]:
                 columns=(
                     *("model", "RTX 4090, s", "Galaxy S25, s", "iPhone 16, s", "ours, s"),
                     *("4090 over ours", "step", "real tokens/s", "positions/s", "of roofline"),
-                    "packed 16 × 512, s",
+                    *("packed, s", "16 × 512 packed, s"),
                 ),
                 rows=rows,
             ),
@@ -133,14 +133,15 @@ def _epoch_row(index: Index, platform: str, model: str) -> tuple[Value, ...] | N
     return (
         Value(model),
         *(Value("–" if theirs[name] is None else f"{theirs[name]:,}") for name in names),
-        figure_of(record, ("epoch_seconds",), lambda s: f"{s:,.2f}" if s < 100 else f"{s:,.0f}"),
+        figure_of(record, ("epoch_seconds",), _seconds),
         Value(ratio),
         figure_of(record, ("step_seconds",), lambda s: short(s, "step_seconds")),
         figure_of(record, ("real_tokens_per_second",), short),
         figure_of(record, ("positions_per_second",), short),
         figure_of(record, ("of_roofline",), lambda x: f"{100 * x:.0f} %"),
-        figure_of(
-            best_epoch(index, platform, model, "current"), ("epoch_seconds",), lambda s: f"{s:,.2f}"
+        *(
+            figure_of(best_epoch(index, platform, model, shape), ("epoch_seconds",), _seconds)
+            for shape in ("packed", "current")
         ),
     )
 
@@ -195,6 +196,10 @@ def _variant(cell: dict[str, Any]) -> str:
     changed = [words[k].format(cell[k]) for k, v in base.items() if cell[k] != v]
     text = f"{cell['implementation']}, {cell['packing']}"
     return f"{text}, {', '.join(changed)}" if changed else text
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.2f}" if seconds < 100 else f"{seconds:,.0f}"
 
 
 def _exact(value: float) -> str:
