@@ -11,7 +11,7 @@ from fabric_jax.report.html import to_html
 from fabric_jax.report.markdown import to_markdown
 from fabric_jax.report.published import RANK_NOTE, citation
 from fabric_jax.report.records_index import Index
-from fabric_jax.report.tables import epoch_tables, lossless_tables, memory_tables
+from fabric_jax.report.tables import decode_tables, epoch_tables, lossless_tables, memory_tables
 from fabric_jax.sweeps.records import read_folder
 
 
@@ -62,6 +62,7 @@ def make_blocks(index: Index) -> list[Block]:
     sections: list[tuple[str, list[Block]]] = [
         ("Memory", _with(memory_picture(index), memory_tables(index))),
         ("Speed of fine-tuning", _with(speed_picture(index), epoch_tables(index))),
+        ("Speed of generation", decode_tables(index)),
         ("Lossless", lossless_tables(index)),
         ("Accuracy", _with(rank_picture(index), [Text(text=RANK_NOTE, small=True)])),
     ]

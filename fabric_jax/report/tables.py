@@ -5,6 +5,7 @@ from typing import Any
 
 from fabric_jax.report.document import Block, Heading, Table, Text, Value
 from fabric_jax.report.published import (
+    DECODE_NOTE,
     EPOCH_NOTE,
     LOSSLESS_NOTE,
     SIZES,
@@ -154,6 +155,40 @@ def best_epoch(index: Index, platform: str, model: str, shape: str) -> Record | 
         return min(ran, key=lambda record: record.metrics["epoch_seconds"])
     failed = [record for record in found if record.status != "ok"]
     return failed[0] if failed else None
+
+
+def decode_tables(index: Index) -> list[Block]:
+    """Published speeds of generation beside ours, batch 1."""
+    blocks: list[Block] = []
+    names = ("nvidia_rtx4090", "amd_1920x_llamacpp", "macos_m3")
+    for platform in index.platforms("decode_throughput"):
+        rows: list[tuple[Value, ...]] = []
+        for model in SIZES:
+            for packing in ("ternary1.6", "ternary2"):
+                cell = {"model": model, "packing": packing, "batch": 1}
+                record = index.first("decode_throughput", platform, **cell)
+                if record is None:
+                    continue
+                theirs = published()["decode_tokens_per_second"][packing][model]
+                rows.append(
+                    (
+                        *(Value(model), Value(GGUF[packing])),
+                        *(Value(f"{theirs[name]:,.1f}") for name in names),
+                        figure_of(record, ("decode_tokens_per_second",), lambda x: f"{x:,.1f}"),
+                        figure_of(record, ("first_token_seconds",), lambda x: short(x, "_seconds")),
+                        figure_of(record, ("of_limit",), lambda x: f"{100 * x:.0f} %"),
+                    )
+                )
+        if rows:
+            devices = ("RTX 4090", "AMD 1920X", "Apple M3 Pro")
+            columns = ("model", "format", *devices, "ours", "first token", "of memory's limit")
+            records = index.find("decode_throughput", platform)
+            blocks += [
+                Heading(text=f"Generation on {platform}, tokens a second", level=3),
+                Text(text=f"{_what(records)}. Batch 1."),
+                Table(columns=columns, rows=rows, left=2),
+            ]
+    return [*blocks, Text(text=DECODE_NOTE, small=True)] if blocks else []
 
 
 def lossless_tables(index: Index) -> list[Block]:

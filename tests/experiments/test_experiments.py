@@ -19,7 +19,7 @@ from fabric_jax.training.memory_account import predict
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = [
-    *("vram", "finetune_throughput", "lossless", "biomed", "kernels"),
+    *("vram", "finetune_throughput", "lossless", "biomed", "kernels", "decode_throughput"),
     *(f"ablations.{path.stem}" for path in sorted((ROOT / "experiments/ablations").glob("*.py"))),
 ]
 
