@@ -82,7 +82,7 @@ def _on_gpu(cell: Config) -> dict[str, Any]:
     limits = measure_limits()
     lines: list[dict[str, Any]] = []
     for n, k, _, _ in distinct_shapes([cell.model]):
-        for implementation in ("xla", "triton", "mosaic_gpu"):
+        for implementation in ("xla", "triton", "mosaic_gpu", "tuned"):
             lines.append(_time_product(n, k, cell, implementation))
     for line in lines:
         if "microseconds" in line:

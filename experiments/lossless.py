@@ -21,7 +21,7 @@ COLUMNS = ("kl_mean", "kl_max", "top1_agreement", "perplexity_ratio", "positions
 TIMEOUT_SECONDS = 1200
 ON = {
     "cpu": ("xla", "cpu"),
-    "cuda": ("xla", "triton", "mosaic_gpu"),
+    "cuda": ("xla", "triton", "mosaic_gpu", "tuned"),
 }
 
 
@@ -61,7 +61,7 @@ def config() -> Config:
 def cells(base: Config) -> list[Config]:
     kernels = [
         replace(base, implementation=name, packing=packing)
-        for name in ("xla", "cpu", "triton", "mosaic_gpu")
+        for name in ("xla", "cpu", "triton", "mosaic_gpu", "tuned")
         for packing in ("ternary2", "ternary1.6")
     ]
     formats = [
