@@ -114,7 +114,7 @@ def speed_picture(index: Index) -> Picture | None:
         colour, marker = COLOURS[i], MARKERS[i]
         axes.plot(xs, ys, marker, color=colour, label=label)
         axes.plot(xs, roof, "_" if len(xs) == 1 else "-", color=colour, alpha=0.55, linewidth=1.2)
-    axes.set(xscale="log", yscale="log", xlabel="parameters, billions", ylabel="positions a second")
+    axes.set(xscale="log", yscale="log", xlabel="size of the model", ylabel="positions a second")
     axes.set_xticks(sizes, [m.removeprefix("bitnet-").rstrip("b") for m in SIZES], minor=False)
     axes.set_xticks([], minor=True)
     axes.set_xticklabels([m.removeprefix("bitnet-") for m in SIZES], rotation=30)
@@ -164,7 +164,7 @@ def rank_picture(index: Index) -> Picture | None:
     )
     axes.set_xscale("log", base=2)
     axes.set_xticks([4, 8, 16, 32, 64, 128], ["4", "8", "16", "32", "64", "128"])
-    axes.set(xlabel="LoRA rank", ylabel="accuracy, %")
+    axes.set(xlabel="LoRA rank", ylabel="accuracy, %", ylim=(0, 104))
     axes.legend(fontsize=8)
     sample = records[0]
     return Picture(

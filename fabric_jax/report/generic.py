@@ -12,6 +12,7 @@ from fabric_jax.report.records_index import FAILED, Index, device_name, short, t
 from fabric_jax.sweeps.records import Record
 
 MOST_COLUMNS = 7
+FEW_TICKS = 9
 
 
 def experiment_section(index: Index, experiment: str) -> list[Block]:
@@ -99,8 +100,14 @@ def _picture(experiment: str, records: Sequence[Record]) -> Picture | None:
     figure, (axes,) = new_figure(6.4, 3.4)
     draw = _bars if asked["kind"] == "bar" else _lines
     draw(axes, groups)
+    places = sorted({x for points in groups.values() for x in points}, key=str)
     if "x" in asked["log"] and asked["kind"] != "bar":
         axes.set_xscale("log")
+        if len(places) <= FEW_TICKS:
+            axes.set_xticks(places, [f"{x:g}" for x in places])
+            axes.minorticks_off()
+    if y.endswith("accuracy"):
+        axes.set_ylim(0, 1.04)
     if "y" in asked["log"]:
         axes.set_yscale("log")
     axes.set_ylabel(title(y))

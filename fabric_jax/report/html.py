@@ -21,7 +21,7 @@ addEventListener('hashchange', show); show()
 def to_html(blocks: Sequence[Block], index: Index) -> str:
     """The text of ``report.html``."""
     sections = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
-    contents = "".join(f'<a href="#{_slug(name)}">{escape(name)}</a>' for name in sections)
+    contents = "".join(f'<a href="#{_slug(name)}">{_text(name)}</a>' for name in sections)
     body: list[str] = []
     for block in blocks:
         body.append(_block(block, index))
@@ -32,7 +32,7 @@ def to_html(blocks: Sequence[Block], index: Index) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(first)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n"
+        f"<title>{_text(first)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + f'\n<h2 id="records">Records</h2>\n{records}\n<script>{SCRIPT}</script>\n'
         "</body>\n</html>\n"
@@ -43,13 +43,13 @@ def _block(block: Block, index: Index) -> str:
     match block:
         case Heading():
             name = f' id="{_slug(block.text)}"' if block.level == 2 else ""
-            return f"<h{block.level}{name}>{escape(block.text)}</h{block.level}>"
+            return f"<h{block.level}{name}>{_text(block.text)}</h{block.level}>"
         case Text():
             kind = ' class="small"' if block.small else ""
-            return f"<p{kind}>{escape(block.text)}</p>"
+            return f"<p{kind}>{_text(block.text)}</p>"
         case Picture():
             svg = embedded(block.svg, block.name)
-            return f"<figure>{svg}<figcaption>{escape(block.caption)}</figcaption></figure>"
+            return f"<figure>{svg}<figcaption>{_text(block.caption)}</figcaption></figure>"
         case Table():
             return _table(block)
         case Verdict():
@@ -58,7 +58,7 @@ def _block(block: Block, index: Index) -> str:
 
 def _table(table: Table) -> str:
     left = [' class="l"' if i < table.left else "" for i in range(len(table.columns))]
-    head = "".join(f"<th{c}>{escape(n)}</th>" for n, c in zip(table.columns, left, strict=True))
+    head = "".join(f"<th{c}>{_text(n)}</th>" for n, c in zip(table.columns, left, strict=True))
     rows: list[str] = []
     for row in table.rows:
         cells: list[str] = []
@@ -75,20 +75,20 @@ def _table(table: Table) -> str:
 
 
 def _verdict(block: Verdict) -> str:
-    reasons = "".join(f"<p>{escape(reason)}</p>" for reason in block.reasons)
+    reasons = "".join(f"<p>{_text(reason)}</p>" for reason in block.reasons)
     evidence = ""
     if block.evidence:
-        items = "".join(f"<li>{escape(what)}: {_value(v)}</li>" for what, v in block.evidence)
+        items = "".join(f"<li>{_text(what)}: {_value(v)}</li>" for what, v in block.evidence)
         summary = f"<summary>the {len(block.evidence)} figures behind it</summary>"
         evidence = f"<details>{summary}<ul>{items}</ul></details>"
     return (
-        f'<div class="claim {block.tone}"><strong>{escape(block.claim)}</strong>'
-        f'<span class="badge">{escape(block.verdict)}</span>{reasons}{evidence}</div>'
+        f'<div class="claim {block.tone}"><strong>{_text(block.claim)}</strong>'
+        f'<span class="badge">{_text(block.verdict)}</span>{reasons}{evidence}</div>'
     )
 
 
 def _value(value: Value) -> str:
-    text = escape(value.text)
+    text = _text(value.text)
     return f'<a href="#r-{value.digest}">{text}</a>' if value.digest and text else text
 
 
@@ -100,15 +100,20 @@ def _record(record: Record) -> str:
     status = record.kind if record.status == "ok" else FAILED[record.status]
     values = {k: v for k, v in record.to_json().items() if k not in ("figure", "columns")}
     body = escape(json.dumps(values, indent=1, ensure_ascii=False), quote=False)
-    name = escape(f"{record.experiment} on {record.platform}: {record.name}")
+    name = _text(f"{record.experiment} on {record.platform}: {record.name}")
     return (
         f'<div class="record" id="r-{record.digest}"><details><summary>{name} ({status})</summary>'
-        f"<p><code>{escape(record.command)}</code></p><pre>{body}</pre></details></div>"
+        f"<p><code>{_text(record.command)}</code></p><pre>{body}</pre></details></div>"
     )
 
 
 def _style() -> str:
     return (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+
+
+def _text(text: str) -> str:
+    """Escaped; a number is not torn from its per cent."""
+    return escape(text, quote=False).replace(" %", "&nbsp;%")
 
 
 def _slug(text: str) -> str:
