@@ -51,8 +51,8 @@ def make_blocks(index: Index) -> list[Block]:
     blocks: list[Block] = [
         Heading(text="What was published, and what was measured", level=1),
         Text(
-            text=f"Made from {count} records ({count - failed} results, {failed} cells that ran out "
-            "of memory, crashed, ran out of time or don't exist on their platform) and nothing "
+            text=f"Made from {count} records ({count - failed} results, {failed} cells that ran "
+            "out of memory, crashed, ran out of time or don't exist on their platform) and nothing "
             "else. Every figure of ours links to its record, which has the command that makes it "
             "again; * marks what a compiler planned and nothing ran. Published figures: "
             f"{citation()}."
