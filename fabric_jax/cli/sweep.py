@@ -80,7 +80,7 @@ def _options(given: argparse.Namespace) -> "SweepOptions":
 
     assert given.rerun in get_args(Rerun)
     if not given.words:
-        raise FabricError("no experiment", fix="Give a module's name, such as experiments.vram")
+        raise FabricError("no experiment", expected=_known() or "a module's dotted name")
     if not given.out:
         raise FabricError("no folder for the records", fix="Give --out DIR")
     if min(given.timeout, given.memory_gib, given.limit) < 0:
@@ -97,6 +97,13 @@ def _options(given: argparse.Namespace) -> "SweepOptions":
         cache=given.cache,
         limit=given.limit,
     )
+
+
+def _known() -> str:
+    """Experiments in the folder of that name here."""
+    paths = sorted(Path("experiments").rglob("*.py"))
+    names = [".".join(p.with_suffix("").parts) for p in paths if "\ndef cells(" in p.read_text()]
+    return f"one of {', '.join(names)}" if names else ""
 
 
 def _platform() -> str:
