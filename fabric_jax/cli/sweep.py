@@ -102,7 +102,9 @@ def _options(given: argparse.Namespace) -> "SweepOptions":
 def _known() -> str:
     """Experiments in the folder of that name here."""
     paths = sorted(Path("experiments").rglob("*.py"))
-    names = [".".join(p.with_suffix("").parts) for p in paths if "\ndef cells(" in p.read_text()]
+    names = [
+        ".".join(p.with_suffix("").parts) for p in paths if "\ndef measure(cell" in p.read_text()
+    ]
     return f"one of {', '.join(names)}" if names else ""
 
 
