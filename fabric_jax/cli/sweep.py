@@ -102,9 +102,9 @@ def _options(given: argparse.Namespace) -> "SweepOptions":
 def _known() -> str:
     """Experiments in the folder of that name here."""
     paths = sorted(Path("experiments").rglob("*.py"))
-    names = [
-        ".".join(p.with_suffix("").parts) for p in paths if "\ndef measure(cell" in p.read_text()
-    ]
+    wanted = ("\ndef config()", "\ndef cells(", "\ndef measure(cell")
+    found = [path for path in paths if all(text in path.read_text() for text in wanted)]
+    names = [".".join(path.with_suffix("").parts) for path in found]
     return f"one of {', '.join(names)}" if names else ""
 
 

@@ -36,12 +36,15 @@ class Job:
     Attributes:
         path: of the record.
         record: as far as it is known before.
+        module: of the experiment.
+        parent: process that started this one.
         prepare: run the experiment's ``prepare`` instead, and write nothing.
     """
 
     path: str
     record: dict[str, Any]
     module: str
+    parent: int
     prepare: bool = False
 
     def to_json(self) -> str:
@@ -51,8 +54,8 @@ class Job:
 
 def main() -> int:
     """Runs the job named on the command line; 0 once a record is written."""
-    _die_with_parent()
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    _die_with(job.parent)
     experiment = load_experiment(job.module)
     draft = record_from_json(job.record, "the job")
     cell = cell_from_json(type(experiment.config()), draft.cell)
@@ -144,11 +147,11 @@ def _driver_version() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """A killed sweep leaves no cell running. Linux only; elsewhere such a cell ends by itself."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() == 1:
+        if os.getppid() != parent:
             sys.exit(1)
 
 

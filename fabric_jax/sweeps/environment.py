@@ -6,12 +6,13 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from fabric_jax.sweeps.experiment import PLATFORM_VARIABLE
+from fabric_jax.sweeps.experiment import JOBS_VARIABLE, PLATFORM_VARIABLE
 
 # What jax is told on each platform. Where nothing runs, programs are made by a process on the CPU.
 BACKENDS = {"cpu": "cpu", "cuda": "cuda,cpu"}
-# Each process has its context besides its pool.
-WHOLE_DEVICE = 0.9
+# A process has its context and its programs besides its pool.
+CONTEXT = 0.015
+WHOLE_DEVICE = 0.95
 # What a shell may have set for something else and would change what is measured.
 UNSET = (
     *("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
@@ -20,15 +21,20 @@ UNSET = (
 )
 
 
-def chosen_variables(platform: str, own: dict[str, str], cache: str) -> dict[str, str]:
+def chosen_variables(
+    platform: str, own: dict[str, str], cache: str, jobs: int = 1
+) -> dict[str, str]:
     """What is set for a cell and recorded with it.
 
     Args:
         platform: of the cell.
         own: what the experiment asks for; it goes first.
         cache: folder for compiled programs that cells share; "" for none.
+        jobs: cells at a time.
     """
     chosen = {"JAX_PLATFORMS": BACKENDS.get(platform, "cpu"), PLATFORM_VARIABLE: platform}
+    if jobs > 1:
+        chosen[JOBS_VARIABLE] = str(jobs)
     if platform == "cuda":
         # With a pool of its own the allocator counts what was asked for; without, it hands out
         # (and counts) blocks of up to twice the size.
@@ -61,7 +67,7 @@ class SharedDevice:
         wanted = 0.0
         if self._jobs > 1 and chosen.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "true":
             fraction = float(chosen.get("XLA_PYTHON_CLIENT_MEM_FRACTION", WHOLE_DEVICE))
-            wanted = min(fraction, WHOLE_DEVICE)
+            wanted = min(fraction + CONTEXT, WHOLE_DEVICE)
         with self._changed:
             # Shares are sums of hundredths.
             self._changed.wait_for(lambda: self._free >= wanted - 1e-6)

@@ -12,6 +12,7 @@ from typing import Any
 from fabric_jax.errors import FabricError, unknown_name
 
 PLATFORM_VARIABLE = "FABRIC_SWEEP_PLATFORM"
+JOBS_VARIABLE = "FABRIC_SWEEP_JOBS"
 PLATFORMS = {
     "cpu": "run",
     "cuda": "run",
@@ -91,6 +92,11 @@ class Experiment:
 def current_platform() -> str:
     """The platform that a cell's process is for, a key of ``PLATFORMS``; cpu outside of sweeps."""
     return os.environ.get(PLATFORM_VARIABLE, "cpu")
+
+
+def runs_alone() -> bool:
+    """Whether no other cell runs beside this one, as times and a driver's counts need."""
+    return os.environ.get(JOBS_VARIABLE, "1") == "1"
 
 
 def load_experiment(name: str) -> Experiment:

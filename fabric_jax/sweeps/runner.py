@@ -178,7 +178,7 @@ def _run_all(
 
 def _variables(experiment: Experiment, options: SweepOptions, task: Task) -> dict[str, str]:
     own = experiment.environment(task.cell, options.platform) if experiment.environment else {}
-    return chosen_variables(options.platform, own, _absolute(options.cache))
+    return chosen_variables(options.platform, own, _absolute(options.cache), options.jobs)
 
 
 def _run_task(
@@ -200,6 +200,7 @@ def _run_task(
                 path=str(task.path.absolute()),
                 record=draft.to_json(),
                 module=experiment.module,
+                parent=os.getpid(),
                 prepare=prepare,
             ),
             process_environment(chosen),
