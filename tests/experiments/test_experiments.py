@@ -13,7 +13,11 @@ from experiments.step_costs import step_costs
 from fabric_jax.measurement.categories import adapter_parameters
 from fabric_jax.measurement.targets import make_program
 from fabric_jax.models.registry import REGISTRY, get_config
+from fabric_jax.report.claims import all_verdicts
 from fabric_jax.report.published import published
+from fabric_jax.report.records_index import Index
+from fabric_jax.sweeps.experiment import PLATFORMS
+from fabric_jax.sweeps.records import read_folder
 from fabric_jax.sweeps.runner import SweepOptions, plan
 from fabric_jax.training.memory_account import predict
 
@@ -134,3 +138,16 @@ def test_shares_of_a_device_are_what_cells_need() -> None:
     assert share(model="gemma-3-12b", weights="float16") > 25 / 80
     assert share(model="bitnet-13b", recipe="seed") > share(model="bitnet-13b", recipe="ours")
     assert device_share(vram.Config(), "cpu") == {}
+
+
+def test_records_of_the_repository_are_valid_and_answer_every_claim() -> None:
+    places = read_folder(ROOT / "experiments/results/records")
+    for where, record in places:
+        assert where.startswith(f"{record.experiment}-"), where
+        assert record.experiment in EXPERIMENTS
+        assert record.kind == PLATFORMS[record.platform] or record.kind == "compiled"
+    report = (ROOT / "experiments/results/records/report.md").read_text()
+    found = all_verdicts(Index(tuple(places)))
+    assert len(found) == 7
+    for verdict in found:
+        assert f"**{verdict.claim}: {verdict.verdict}.**" in report, "the report is an older one"
