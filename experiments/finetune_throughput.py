@@ -131,7 +131,9 @@ def _run(cell: Config, built: Any, costs: Any) -> dict[str, Any]:
     step = built.step.lower(*built.abstract_arguments()).compile()
     compiling = time.perf_counter() - start
     batches = epoch_batches(cell, built.definition.config.vocab_size)
+    before = time.process_time()
     seconds, losses = run_epoch(cell, built, step, batches)
+    processor = time.process_time() - before
     peak = peak_memory_bytes()
     limits = measure_limits()
     each = statistics.median(seconds)
@@ -151,6 +153,8 @@ def _run(cell: Config, built: Any, costs: Any) -> dict[str, Any]:
         "step_seconds": each,
         "step_low_seconds": low,
         "step_high_seconds": high,
+        # Of all threads, weights and warm-up included; other work on the machine is not in it.
+        "processor_seconds": processor,
         **counts,
         **{f"{name}_per_second": count / epoch for name, count in counts.items()},
         "model_flop_utilisation": costs.operations / each / limits.operations,
