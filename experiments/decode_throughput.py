@@ -1,6 +1,11 @@
 """How fast does a model with random weights generate, and what would memory alone allow?
 
+    fabric-jax sweep experiments.decode_throughput --platform cuda --out DIR batch=1,32
+    fabric-jax sweep experiments.decode_throughput --platform cpu --out DIR model=bitnet-125m
     python -m experiments.decode_throughput --model bitnet-1b bitnet-13b --batch 1 32 --out out.json
+
+The sweep has a process a cell: ten to thirty seconds each on a GPU, up to a minute on two cores.
+The last command measures all of a model in one process.
 
 Prefill and decode are timed apart, the whole decode loop in one dispatch, and beside them how fast
 this machine reads memory: a token of one row can't take less than reading the packed weights, the
@@ -24,6 +29,7 @@ from fabric_kernels.ternary_matmul import Implementation, select_implementation
 from fabric_kernels.ternary_matmul.peaks import make_peaks, pool_threads
 from jax import lax
 
+from experiments.job import BITNET
 from fabric_jax.errors import FabricError
 from fabric_jax.files import write_json
 from fabric_jax.generation.config import GenerationConfig
@@ -36,7 +42,14 @@ from fabric_jax.measurement.timing import summarize
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_base
 from fabric_jax.models.registry import get_config
+from fabric_jax.sweeps import Figure, NotOnThisPlatform, current_platform, grid
 
+COLUMNS = (
+    *("decode_tokens_per_second", "prefill_tokens_per_second", "first_token_seconds"),
+    *("decode_step_seconds", "of_limit", "spread"),
+)
+FIGURE = Figure(x="model", y="decode_tokens_per_second", series="packing", log="y", kind="bar")
+TIMEOUT_SECONDS = 900
 READ_SECONDS = 0.2
 READ_BYTES = {"cpu": 256 << 20, "gpu": 4 << 30}
 
@@ -83,7 +96,39 @@ def definition_of(settings: Settings) -> DecoderDefinition:
     return define_decoder(config, options)
 
 
-def measure(settings: Settings, definition: DecoderDefinition, base: Tree) -> dict[str, Any]:
+def config() -> Settings:
+    return Settings(model="bitnet-1b")
+
+
+def cells(base: Settings) -> list[Settings]:
+    return grid(base, model=(*BITNET, "bitnet-2b-4t"), packing=("ternary2", "ternary1.6"))
+
+
+def measure(cell: Settings) -> dict[str, Any]:
+    platform = current_platform()
+    if platform not in ("cpu", "cuda"):
+        raise NotOnThisPlatform(f"times need a device; this cell is for {platform}")
+    settings = replace(cell, dtype="float32") if platform == "cpu" else cell
+    definition = definition_of(settings)
+    found = measure_generation(settings, definition, initialize_base(definition, 0))
+    return {
+        "decode_tokens_per_second": found["decode_tokens_per_s"],
+        "prefill_tokens_per_second": found["prefill_tokens_per_s"],
+        "first_token_seconds": 1e-3 * found["prefill_ms"],
+        "decode_step_seconds": 1e-3 * found["decode_ms_a_step"],
+        "spread": found["spread"],
+        "step_bytes": found["step_bytes"],
+        "read_bytes_per_second": 1e9 * found["read_gb_per_s"],
+        "of_limit": found["of_limit"],
+        "first_call_seconds": found["first_call_s"],
+        "implementation": found["runs"],
+        "settings": {"dtype": settings.dtype},
+    }
+
+
+def measure_generation(
+    settings: Settings, definition: DecoderDefinition, base: Tree
+) -> dict[str, Any]:
     """Seconds and rates of one cell, its bytes a decode step, and the limit these set.
 
     ``of_limit`` is the decode rate as a share of what reading ``step_bytes`` at the measured
@@ -207,7 +252,7 @@ def run(cells: Sequence[Settings]) -> list[dict[str, Any]]:
                 made = None
                 definition = definition_of(cell)
                 made = (weights, definition, initialize_base(definition, 0))
-            record = measure(cell, *made[1:])
+            record = measure_generation(cell, *made[1:])
         except (FabricError, jax.errors.JaxRuntimeError) as error:
             record = {**asdict(cell), "error": str(error).splitlines()[0][:300]}
         records.append(record)

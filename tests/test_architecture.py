@@ -33,6 +33,8 @@ RANKS = {
     "fabric_jax.evaluation": 6,
     "fabric_jax.conversion": 7,
     "fabric_jax.training": 7,
+    "fabric_jax.sweeps": 7,
+    "fabric_jax.report": 8,
     "fabric_jax.model": 8,
     "fabric_jax.quickstart": 8,
     "experiments": 8,

@@ -17,6 +17,8 @@ COMMANDS = {
     "generate": "continue a prompt or a file of prompts, or chat, with one adapter or several",
     "evaluate": "perplexity and task accuracy of a model, with and without its adapter",
     "convert": "write a model or an adapter in another format: transformers, GGUF, PEFT",
+    "sweep": "measure the cells of an experiment, each in a process of its own",
+    "report": "tables, verdicts and figures from the records of sweeps",
     "memory": "what a fine-tuning job needs: by dimensions, as compiled, as measured",
     "models": "list the models that go by a name",
     "doctor": "what this machine offers, what is missing and how to install it",
