@@ -2,4 +2,5 @@
 
 from fabric_kernels.attention.api import Angles as Angles
 from fabric_kernels.attention.api import attention as attention
+from fabric_kernels.attention.cudnn import cudnn_attention as cudnn_attention
 from fabric_kernels.attention.xla import rotate as rotate
