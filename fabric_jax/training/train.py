@@ -10,7 +10,7 @@ from flax import nnx
 from rich.console import Console
 
 from fabric_jax.checkpoints.train_state import TrainCheckpoints
-from fabric_jax.data.batch_stream import BatchStream
+from fabric_jax.data.batch import BatchSource
 from fabric_jax.errors import FabricError
 from fabric_jax.files import write_json
 from fabric_jax.models.decoder import DecoderDefinition
@@ -82,7 +82,7 @@ def train(
     return summary
 
 
-def total_steps(config: RunConfig, stream: BatchStream) -> int:
+def total_steps(config: RunConfig, stream: BatchSource) -> int:
     """Optimizer steps of a run: its epochs, cut off at ``max_steps`` where that is given."""
     steps = stream.batches_in_epochs(config.epochs)
     return min(steps, config.max_steps) if config.max_steps else steps
