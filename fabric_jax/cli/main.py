@@ -14,6 +14,7 @@ from fabric_jax.errors import FabricError, unknown_name
 COMMANDS = {
     "quickstart": "train, pack, fine-tune and evaluate a tiny model; needs no file and no network",
     "finetune": "LoRA-fine-tune a packed model on your rows",
+    "pretrain": "train all weights: from scratch, a dense model to ternary, a packed one further",
     "evaluate": "perplexity and task accuracy of a model, with and without its adapter",
     "convert": "write a model or an adapter in another format: transformers, GGUF, PEFT",
     "memory": "what a fine-tuning job needs: by dimensions, as compiled, as measured",

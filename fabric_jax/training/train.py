@@ -61,6 +61,7 @@ def train(
             trains=job.trains,
             weights=job.weights,
             total_steps=total,
+            settings=job.settings,
         )
 
         def report(text: str) -> None:
@@ -83,8 +84,13 @@ def train(
 
 
 def total_steps(config: RunConfig, stream: BatchSource) -> int:
-    """Optimizer steps of a run: its epochs, cut off at ``max_steps`` where that is given."""
-    steps = stream.batches_in_epochs(config.epochs)
+    """Optimizer steps of a run: its epochs or tokens, cut off at ``max_steps`` if that is given."""
+    if config.token_budget:
+        dataset = config.dataset
+        positions = config.accumulation * dataset.batch_size * dataset.max_length
+        steps = -(-config.token_budget // positions)
+    else:
+        steps = stream.batches_in_epochs(config.epochs)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
