@@ -121,7 +121,7 @@ def measure(variant: str, settings: Settings) -> dict[str, Any]:
     del state
     return rates(seconds, model, settings) | {
         "compile_seconds": round(compile_seconds, 1),
-        "compiled_bytes": None if memory is None else memory.total,
+        "compiled_bytes": memory.total,
         "loss_first": losses[0],
         "loss_last": losses[-1],
     }

@@ -76,8 +76,8 @@ class Model(nn.Module):
         return f.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def main() -> None:
-    """Times steps on random tokens."""
+def parse() -> argparse.Namespace:
+    """The dimensions and how many steps."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, default in (
         *(("layers", 11), ("width", 768), ("ffn", 3072), ("heads", 12), ("vocab", 32768)),
@@ -86,44 +86,38 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Times steps on random tokens."""
+    given = parse()
     torch.set_float32_matmul_precision("high")
     model = Model(given).to(given.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     run = torch.compile(model) if given.compile else model
-    shape = (given.batch, given.length + 1)
-    rows = torch.randint(0, given.vocab, shape, device=given.device)
+    rows = torch.randint(0, given.vocab, (given.batch, given.length + 1), device=given.device)
+    on_gpu = given.device == "cuda"
 
-    def step() -> Any:
+    def step() -> float:
+        start = time.perf_counter()
         with torch.autocast(given.device, torch.bfloat16):
             loss = run(rows[:, :-1], rows[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def wait() -> None:
-        if given.device == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-    start = time.perf_counter()
-    for _ in range(given.warmup):
-        step()
-    wait()
-    warm = time.perf_counter() - start
-    seconds: list[float] = []
-    for _ in range(given.steps):
-        start = time.perf_counter()
-        step()
-        wait()
-        seconds.append(time.perf_counter() - start)
+    warm = sum(step() for _ in range(given.warmup))
     record = {
-        "seconds": seconds,
+        "seconds": [step() for _ in range(given.steps)],
         "warmup_seconds": warm,
-        "peak_bytes": torch.cuda.max_memory_allocated() if given.device == "cuda" else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "torch": torch.__version__,
         "compiled": given.compile,
     }

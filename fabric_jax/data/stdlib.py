@@ -14,8 +14,12 @@ from fabric_jax.errors import FabricError
 STDLIB = "stdlib"
 """The name of the corpus where a source is asked for."""
 
-LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
-LEFT_OUT |= {"idle_test", "_bundled", "pydoc_data"}
+LEFT_OUT = frozenset(
+    {
+        *("site-packages", "dist-packages", "__pycache__", "_bundled", "pydoc_data"),
+        *("test", "tests", "idle_test"),
+    }
+)
 
 
 def stdlib_files(root: Path | None = None) -> list[Path]:

@@ -46,7 +46,7 @@ class TokenStream:
         self._split = split
         self._length, self._micro, self._accumulation = length, rows, accumulation
         self._seed, self._document_mask = seed, document_mask
-        self._epoch = self._batch = 0
+        self._epoch, self._batch = 0, 0
         self._order: tuple[int, NDArray[np.int64]] | None = None
         named = (corpus, length, rows, accumulation, seed, document_mask)
         self.fingerprint = hashlib.sha256(repr(named).encode()).hexdigest()
@@ -97,8 +97,9 @@ class TokenStream:
                 "the corpus or the shape of batches changed since the checkpoint was saved",
                 fix="Resume with the same ones, or start a new run",
             )
-        whole = isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0
-        if not whole or not 0 <= batch < self.batches_in_epoch(epoch):
+        if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0:
+            raise FabricError("malformed position in the data", found=repr(dict(state)))
+        if not 0 <= batch < self.batches_in_epoch(epoch):
             raise FabricError("malformed position in the data", found=repr(dict(state)))
         self._epoch, self._batch = epoch, batch
 

@@ -118,7 +118,7 @@ def _absmean(weight: jax.Array, ste: SteOptions) -> jax.Array:
             k = size.shape[1]
             groups = jnp.pad(size, ((0, 0), (0, -k % GROUP))).reshape(len(size), -1, GROUP)
             counts = jnp.minimum(GROUP, k - GROUP * jnp.arange(groups.shape[1]))
-            mean = jnp.sum(groups, axis=-1) / counts.astype(jnp.float32)
+            mean = jnp.sum(groups, axis=-1) / counts.astype(jnp.float32)[None]
     return jnp.maximum(mean, EPSILON)
 
 
@@ -173,8 +173,8 @@ def _product_bwd(
     scaled = (g.astype(jnp.float32) * by_output).astype(g.dtype)
     dx = _dot(scaled, w_codes.astype(g.dtype), 0, jnp.float32).astype(like.dtype)
     values = (x_codes.astype(jnp.float32) / x_scale).astype(like.dtype)
-    rows = (((tuple(range(g.ndim - 1)),) * 2), ((), ()))
-    dw = _general(g, values, rows, jnp.float32)
+    rows = tuple(range(g.ndim - 1))
+    dw = _general(g, values, ((rows, rows), ((), ())), jnp.float32)
     if weight is not None:
         dw = jnp.where(jnp.abs(weight) <= w_scale, dw, 0.0)
     return dx, dw, None
