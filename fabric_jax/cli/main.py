@@ -15,6 +15,7 @@ COMMANDS = {
     "quickstart": "train, pack, fine-tune and evaluate a tiny model; needs no file and no network",
     "finetune": "LoRA-fine-tune a packed model on your rows",
     "pretrain": "train all weights: from scratch, a dense model to ternary, a packed one further",
+    "generate": "continue a prompt or a file of prompts, or chat, with one adapter or several",
     "evaluate": "perplexity and task accuracy of a model, with and without its adapter",
     "convert": "write a model or an adapter in another format: transformers, GGUF, PEFT",
     "memory": "what a fine-tuning job needs: by dimensions, as compiled, as measured",

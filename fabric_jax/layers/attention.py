@@ -9,7 +9,7 @@ from fabric_kernels.ternary_matmul import Implementation
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
+from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_after
 from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.residuals import Twin, on_both
 from fabric_jax.layers.rope import rotate
@@ -95,17 +95,20 @@ class Attention(nnx.Module):
 
     def project(
         self,
+        norm: RMSNorm | None,
         x: Float[Array, "B T D"] | Twin,
         angles: Angles | None,
         context: LayerContext | None,
     ) -> tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]:
-        """Queries, keys and values [B, T, heads, hd], queries and keys normalised and turned.
+        """Queries, keys and values [B, T, heads, hd] of ``norm(x)``, the first two turned.
+
+        Where the model has norms for queries and keys, they are normalised before.
 
         Without angles they are not turned: :func:`attend` does it.
         """
         q, k, v = (
             on_both(partial(split_heads, self.head_dim), y)
-            for y in apply_together([self.q, self.k, self.v], x, context)
+            for y in apply_after(norm, [self.q, self.k, self.v], x, context)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = on_both(self.q_norm, q), on_both(self.k_norm, k)
@@ -117,7 +120,4 @@ class Attention(nnx.Module):
         self, heads: Float[Array, "B T H hd"] | Twin, context: LayerContext | None
     ) -> jax.Array | Twin:
         """Joins the heads to [B, T, D]."""
-        x = on_both(join_heads, heads)
-        if self.sub_norm is not None:
-            x = on_both(self.sub_norm, x)
-        return self.o(x, context)
+        return apply_after(self.sub_norm, [self.o], on_both(join_heads, heads), context)[0]

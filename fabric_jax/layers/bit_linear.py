@@ -13,6 +13,7 @@ from fabric_kernels import (
     FrozenWeight,
     LowRank,
     Packing,
+    Prologue,
     TernaryWeight,
     frozen_matmul,
     low_rank_product,
@@ -25,6 +26,7 @@ from jax.typing import DTypeLike
 
 from fabric_jax.layers.dot import linear
 from fabric_jax.layers.lora import Lora, LoraConfig
+from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, declare_base
 from fabric_jax.layers.residuals import Twin, as_codes, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_blocks, table_bits
@@ -87,12 +89,15 @@ class LayerContext:
             layer's own. None: so are these.
         dropout_key: of this layer; None for no dropout.
         int8_residuals: whether outputs of linears are twins, see ``layers.residuals``.
+        adapter_ids: int32 [B], which adapter of a stack each row of the batch has; None for the
+            one adapter that there is.
         strength: float32 [], how far masters are quantised yet; None for entirely.
     """
 
     index: jax.Array | None = None
     dropout_key: jax.Array | None = None
     int8_residuals: bool = False
+    adapter_ids: jax.Array | None = None
     strength: jax.Array | None = None
 
 
@@ -179,8 +184,10 @@ class BitLinear(nnx.Module):
         )
 
     def product(self, context: LayerContext | None) -> LowRank | None:
-        """The adapter as arrays; None where there is none or it drops channels of its input."""
+        """The adapter as arrays; None where there is none, it drops channels, or rows differ."""
         if self.lora is None or (self.lora.dropout > 0 and _key(context) is not None):
+            return None
+        if context is not None and context.adapter_ids is not None:
             return None
         return self.lora.product
 
@@ -188,7 +195,9 @@ class BitLinear(nnx.Module):
         self, x: jax.Array | Twin, y: jax.Array, context: LayerContext | None
     ) -> jax.Array | Twin:
         """``y`` plus the share of an adapter that is not in it yet, in the form that is kept."""
-        if self.lora is not None and self.product(context) is None:
+        if self.lora is not None and context is not None and context.adapter_ids is not None:
+            y = y + self.lora.of_rows(exact_form(x), context.adapter_ids)
+        elif self.lora is not None and self.product(context) is None:
             key = _key(context)
             assert key is not None
             y = y + joined(on_both(self.lora, x, jax.random.fold_in(key, self.stream)))
@@ -197,10 +206,38 @@ class BitLinear(nnx.Module):
         return checkpoint_name(y, LINEAR_OUTPUT)
 
 
-def apply_together(
-    linears: Sequence[BitLinear], x: jax.Array | Twin, context: LayerContext | None = None
+def apply_after(
+    norm: RMSNorm | None,
+    linears: Sequence[BitLinear],
+    x: jax.Array | Twin,
+    context: LayerContext | None,
 ) -> list[jax.Array | Twin]:
-    """The outputs of linears that share their input: it is quantised once."""
+    """The outputs of linears that share ``norm(x)``, which some kernels compute on the way."""
+    if norm is None:
+        return apply_together(linears, x, context)
+    prologue = norm.prologue
+    if prologue is None or not takes_prologue(linears, x):
+        return apply_together(linears, on_both(norm, x), context)
+    return apply_together(linears, x, context, prologue)
+
+
+def takes_prologue(linears: Sequence[BitLinear], x: jax.Array | Twin) -> bool:
+    """Whether nothing but the linears' quantiser reads their input."""
+    options = linears[0].options
+    quantized = options.mode == "packed" and options.act_quant == "per_token"
+    return quantized and not isinstance(x, Twin) and all(one.lora is None for one in linears)
+
+
+def apply_together(
+    linears: Sequence[BitLinear],
+    x: jax.Array | Twin,
+    context: LayerContext | None = None,
+    prologue: Prologue | None = None,
+) -> list[jax.Array | Twin]:
+    """The outputs of linears that share their input: it is quantised once.
+
+    A prologue may be given where :func:`takes_prologue` says so.
+    """
     options = linears[0].options
     products = [one.product(context) for one in linears]
     if options.mode == "packed":
@@ -208,6 +245,7 @@ def apply_together(
             exact_form(x),
             [one.packed(context) for one in linears],
             products,
+            prologue=prologue,
             kept=x.kept if isinstance(x, Twin) else None,
             act_quant=options.act_quant,
             implementation=options.implementation,

@@ -6,11 +6,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels import gated_product
+from fabric_kernels import Prologue, gated_product
 from fabric_kernels.ternary_matmul import SideImplementation, side_implementation
 from flax import nnx
 
-from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
+from fabric_jax.layers.bit_linear import (
+    BitLinear,
+    LayerContext,
+    LinearOptions,
+    apply_after,
+    apply_together,
+    takes_prologue,
+)
 from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.residuals import Twin, on_both
 
@@ -62,11 +69,26 @@ class FeedForward(nnx.Module):
         self.implementation: SideImplementation | None = side_implementation(options.implementation)
 
     def __call__(
-        self, x: jax.Array | Twin, context: LayerContext | None = None
+        self, x: jax.Array | Twin, context: LayerContext | None = None, norm: RMSNorm | None = None
     ) -> jax.Array | Twin:
-        """[B, T, D] to [B, T, D]."""
-        gate, up = apply_together([self.gate, self.up], x, context)
-        return self.down(on_both(self.combine, gate, up), context)
+        """[B, T, D] to [B, T, D], of ``norm(x)`` where there is a norm."""
+        gate, up = apply_after(norm, [self.gate, self.up], x, context)
+        prologue = None if isinstance(gate, Twin) else self._prologue(gate)
+        if prologue is None or not takes_prologue([self.down], up):
+            return self.down(on_both(self.combine, gate, up), context)
+        return apply_together([self.down], up, context, prologue)[0]
+
+    def _prologue(self, gate: jax.Array) -> Prologue | None:
+        """:meth:`combine` as what ``down`` does first; None where it isn't of that form."""
+        norm = self.sub_norm
+        if self.activation == "gelu" or (norm is not None and norm.offset):
+            return None
+        return Prologue(
+            gate=gate,
+            activation=self.activation,
+            gain=None if norm is None else norm.gain[...],
+            eps=0.0 if norm is None else norm.eps,
+        )
 
     def combine(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         """The normalised gated product, [B, T, F]."""

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels import rms_norm
+from fabric_kernels import Prologue, rms_norm
 from fabric_kernels.ternary_matmul import Implementation, SideImplementation, side_implementation
 from flax import nnx
 from jax import lax
@@ -33,6 +33,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.offset = offset
         self.implementation: SideImplementation | None = side_implementation(implementation)
+
+    @property
+    def prologue(self) -> Prologue | None:
+        """The norm as what a ternary linear does first; None where it has an offset."""
+        return None if self.offset else Prologue(gain=self.gain[...], eps=self.eps)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of ``x`` [..., size]."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 import jax
 import jax.numpy as jnp
 from fabric_kernels import BlockTable, Packing, table_matmul
-from fabric_kernels.attention import Angles
+from fabric_kernels.attention import Angles, cached_attention
 from fabric_kernels.ternary_matmul import NARROW_PRODUCT, GradientBits, Implementation
 from flax import nnx
 from jax import lax
@@ -67,7 +67,7 @@ class DecoderOptions:
         norm_dtype: of the gains of norms as they are stored; None for ``dtype``.
         ste: what master weights and their inputs go through.
         loss_tile_bytes: float32 logits that exist at once; accelerators want large tiles.
-        attention: ``auto``; or cuDNN's flash attention, for half precision on NVIDIA GPUs:
+        attention: ``auto``: ours; or cuDNN's flash attention, for half precision on NVIDIA GPUs:
             ``cudnn``, and ``cudnn-causal`` for rows that are one document each (no mask is read).
     """
 
@@ -129,7 +129,7 @@ class Block(nnx.Module):
         self, h: jax.Array, angles: Angles | None, context: LayerContext | None
     ) -> tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]:
         """Queries, keys and values of the residual stream ``h`` [B, T, D]; see ``Attention``."""
-        return self.attention.project(self.attention_norm(h), angles, context)
+        return self.attention.project(self.attention_norm, h, angles, context)
 
     def combine(
         self,
@@ -142,7 +142,7 @@ class Block(nnx.Module):
         if self.attention_post_norm is not None:
             change = on_both(self.attention_post_norm, change)
         middle = on_both(jnp.add, h, change)
-        change = self.mlp(on_both(self.mlp_norm, middle), context)
+        change = self.mlp(middle, context, self.mlp_norm)
         if self.mlp_post_norm is not None:
             change = on_both(self.mlp_post_norm, change)
         return joined(on_both(jnp.add, middle, change))
@@ -213,14 +213,25 @@ class Decoder(nnx.Module):
         ``strength`` says how far master weights and their inputs are quantised, None for entirely.
         """
         views = row_views(self.config, positions, segment_ids)
-        return self._run(tokens, positions, views, None, dropout_key, strength)[0]
+        return self._run(tokens, positions, views, None, dropout_key, strength=strength)[0]
 
     def extend(
-        self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], cache: KVCache
+        self,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        cache: KVCache,
+        *,
+        slots: int | None = None,
+        adapter_ids: Int32[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Final hidden states of tokens that continue what ``cache`` holds, and the new cache."""
-        views = cache_views(self.config, positions, cache.capacity)
-        hidden, cache_or_none = self._run(tokens, positions, views, cache, None)
+        """Final hidden states of tokens that continue what ``cache`` holds, and the new cache.
+
+        ``slots`` says that no position lies beyond that many slots, so that the others needn't be
+        looked at. With ``adapter_ids`` the adapter is a stack of several (``layers.lora``), of
+        which each row has its own.
+        """
+        views = cache_views(self.config, positions, slots or cache.capacity)
+        hidden, cache_or_none = self._run(tokens, positions, views, cache, None, adapter_ids)
         assert cache_or_none is not None
         return hidden, cache_or_none
 
@@ -266,6 +277,7 @@ class Decoder(nnx.Module):
         views: Views,
         cache: KVCache | None,
         dropout_key: jax.Array | None,
+        adapter_ids: jax.Array | None = None,
         strength: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         graphdef, *states = nnx.split(self.layers, AdapterParam, BaseParam)
@@ -279,8 +291,8 @@ class Decoder(nnx.Module):
             index, trees = layer
             adapter, base = trees
             block: Block = nnx.merge(graphdef, adapter, _join(packed, base))
-            after = self._layer(block, h, index, positions, views, cache, dropout_key, strength)
-            return after, None
+            context = self._context(index, cache, dropout_key, adapter_ids, strength)
+            return self._layer(block, h, context, positions, views, cache), None
 
         match self.remat:
             case "none":
@@ -316,36 +328,60 @@ class Decoder(nnx.Module):
         def layer(h: jax.Array, index: jax.Array, adapter: dict[str, Any]) -> jax.Array:
             own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), rest)
             block: Block = nnx.merge(graphdef, adapter, _join(packed, own))
-            return self._layer(block, h, index, positions, views, None, dropout_key)[0]
+            context = self._context(index, None, dropout_key, None)
+            return self._layer(block, h, context, positions, views, None)[0]
 
         return layer
+
+    def _context(
+        self,
+        index: jax.Array,
+        cache: KVCache | None,
+        dropout_key: jax.Array | None,
+        adapter_ids: jax.Array | None,
+        strength: jax.Array | None = None,
+    ) -> LayerContext:
+        """What layer ``index`` knows besides its parameters."""
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        # A cache takes its keys and values as they are; nothing is differentiated there.
+        rounds = self.remat == "int8-residuals" and cache is None
+        return LayerContext(
+            index=index,
+            dropout_key=key,
+            int8_residuals=rounds,
+            adapter_ids=adapter_ids,
+            strength=strength,
+        )
 
     def _layer(
         self,
         block: Block,
         h: jax.Array,
-        index: jax.Array,
+        context: LayerContext,
         positions: jax.Array,
         views: Views,
         cache: KVCache | None,
-        dropout_key: jax.Array | None,
-        strength: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """The residual stream after one layer, and the cache with its keys and values."""
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        # A cache takes its keys and values as they are; nothing is differentiated there.
-        rounds = self.remat == "int8-residuals" and cache is None
-        context = LayerContext(
-            index=index, dropout_key=key, int8_residuals=rounds, strength=strength
-        )
-        view = views.at(index)
+        index = context.index
+        assert index is not None
+        view, scale = views.at(index), self.config.attention_scale
+        if cache is not None and positions.shape[1] == 1:
+            q, k, v = map(exact_form, block.project(h, None, context))
+            attended, cache = cached_attention(
+                *(q, k, v, cache, index, positions),
+                angles=view.angles,
+                first=view.first,
+                scale=scale,
+                implementation=self.attention_runs,
+            )
+            return block.combine(h, attended, context), cache
         # A cache holds keys that are turned; without one it is left to the attention.
         early, late = (None, view.angles) if cache is None else (view.angles, None)
         q, k, v = block.project(h, early, context)
         if cache is not None:
             cache = cache.write(index, positions, exact_form(k), exact_form(v))
-            k, v = cache.read(index, h.dtype)
-        scale = self.config.attention_scale
+            k, v = cache.read(index, h.dtype, view.mask.shape[-1])
         choice: AttentionChoice = self.attention_choice if cache is None else "auto"
         core = partial(attend, mask=view.mask, scale=scale, angles=late, choice=choice)
         attended = on_both(core, q, k, v, implementation=self.attention_runs)

@@ -8,6 +8,7 @@ from fabric_kernels.ternary_matmul import GradientBits, Implementation
 
 from fabric_jax.data.config import DataConfig
 from fabric_jax.errors import FabricError
+from fabric_jax.layers.attention import AttentionChoice
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.decoder import Remat
 from fabric_jax.quantization.absmax import ActQuant
@@ -234,8 +235,8 @@ class PretrainConfig(RunConfig):
         samples: texts to generate after each evaluation; into the log and samples.jsonl.
         sample_tokens: tokens of each.
         sample_prompt: what they begin with; "" for the begin of a text.
-        attention: auto: cuDNN's on an NVIDIA GPU in bfloat16, else our own. cudnn-causal reads no
-            mask: for stream without document_mask.
+        attention: auto: our own. cudnn: cuDNN's, for bfloat16 on NVIDIA GPUs; cudnn-causal reads
+            no mask, for stream without document_mask.
         loss_tile_mib: logits that exist at once, MiB; 0: 8 on CPU, 512 on accelerators.
     """
 
@@ -255,7 +256,7 @@ class PretrainConfig(RunConfig):
     samples: int = 1
     sample_tokens: int = 48
     sample_prompt: str = ""
-    attention: Literal["auto", "own", "cudnn", "cudnn-causal"] = "auto"
+    attention: AttentionChoice = "auto"
     loss_tile_mib: int = 0
 
     def __post_init__(self) -> None:

@@ -15,7 +15,6 @@ from fabric_jax.checkpoints.source import ModelSource
 from fabric_jax.data.tokenizer import Tokenizer
 from fabric_jax.errors import FabricError
 from fabric_jax.generation import GenerationConfig, make_generator
-from fabric_jax.layers.attention import AttentionChoice
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_base
@@ -135,7 +134,7 @@ def training_options(config: PretrainConfig, source: ModelSource | None) -> Deco
         act_quant=act_quant,
         remat=config.remat,
         ste=config.ste,
-        attention=_attention(config),
+        attention=config.attention,
         loss_tile_bytes=MIB * _tile_mib(config),
     )
 
@@ -159,17 +158,6 @@ def _chosen_size(config: PretrainConfig) -> ModelConfig:
     if config.sub_norms != "model":
         model = replace(model, sub_norms=config.sub_norms == "yes")
     return model
-
-
-def _attention(config: PretrainConfig) -> AttentionChoice:
-    match config.attention:
-        case "own":
-            return "auto"
-        case "auto":
-            known = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
-            return "cudnn" if known else "auto"
-        case named:
-            return named
 
 
 def _tile_mib(config: PretrainConfig) -> int:

@@ -31,6 +31,7 @@ TARGETS = {
     "fabric_norm_gradient": "FabricNormGradient",
     "fabric_attention": "FabricAttention",
     "fabric_attention_transposed": "FabricAttentionTransposed",
+    "fabric_cached_attention": "FabricCachedAttention",
 }
 """Names of the calls for ``jax.ffi.ffi_call``, and the library's symbols."""
 

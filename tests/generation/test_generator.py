@@ -10,7 +10,9 @@ import pytest
 from fabric_jax.errors import FabricError
 from fabric_jax.generation.config import GenerationConfig
 from fabric_jax.generation.generator import Generator, bucket, make_generator
+from fabric_jax.generation.programs import Weights
 from fabric_jax.generation.sampling import sampling_of
+from fabric_jax.layers.kv_cache import empty_cache
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
@@ -46,6 +48,7 @@ class Model:
             lambda x: jnp.asarray(noise.normal(0, 0.3, x.shape), x.dtype), adapter
         )
         self.generator: Generator = make_generator(self.definition)
+        self.weights = Weights(base=self.base, adapter=self.adapter)
         self.next_token = jax.jit(self._next_token)
 
     def __call__(self, prompts, **numbers):
@@ -161,19 +164,31 @@ def start(model: Model, prompts):
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)] = prompt
     lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
-    return model.generator.prefill(model.base, model.adapter, jnp.asarray(tokens), lengths, 32)
+    cache = empty_cache(
+        SMALL.num_layers,
+        len(prompts),
+        32,
+        SMALL.num_kv_heads,
+        SMALL.head_dim,
+        model.generator.dtype,
+    )
+    starts = jnp.zeros_like(lengths)
+    return model.generator.prefill(
+        model.weights, cache, jnp.asarray(tokens), starts, lengths, None, slots=16, log_probs=False
+    )
 
 
 def decode_arguments(rows: int, limit: int, stops=()):
-    method, sampling = sampling_of(GenerationConfig())
+    sampling = sampling_of(GenerationConfig())[1]
     keys = jax.random.split(jax.random.key(0), rows)
-    return keys, sampling, jnp.asarray([*stops, -1], jnp.int32), jnp.int32(limit), method
+    stops = jnp.asarray([*stops, -1], jnp.int32)
+    return keys, sampling, stops, jnp.int32(limit), jnp.zeros(rows, jnp.bool_)
 
 
 def step_of(model: Model):
     def step(state, limit, stops=()):
         rest = decode_arguments(state.last.shape[0], limit, stops)
-        return model.generator.decode(model.base, model.adapter, state, *rest)
+        return model.generator.decode(model.weights, state, *rest, method="greedy")
 
     return step
 
@@ -187,26 +202,22 @@ def test_one_compilation_for_a_bucket():
     ]:
         model(prompts, **numbers)
     prefill, decode = model.generator.prefill, model.generator.decode
-    assert prefill._cache_size() == decode._cache_size() == 1
+    assert len(prefill.compiled) == len(decode.compiled) == 1
     model([[1, 2]], temperature=0.5)
     model([[1, 2]], temperature=0.9, seed=3)
-    assert prefill._cache_size() == 1
-    assert decode._cache_size() == 2
+    assert len(prefill.compiled) == 1
+    assert len(decode.compiled) == 2
 
 
 def test_decode_updates_the_cache_in_place(packed):
     state = start(packed, PROMPTS)
-    keys, sampling, stops, limit, method = decode_arguments(len(PROMPTS), NEW)
-    compiled = packed.generator.decode.lower(
-        packed.base, packed.adapter, state, keys, sampling, stops, limit, method
-    ).compile()
+    arguments = (packed.weights, state, *decode_arguments(len(PROMPTS), NEW))
+    compiled = packed.generator.decode.function.lower(*arguments, method="greedy").compile()
     cache_bytes = state.cache.keys.nbytes + state.cache.values.nbytes
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     old = state.cache.keys
-    packed.generator.decode(
-        packed.base, packed.adapter, state, keys, sampling, stops, limit, method
-    )
+    packed.generator.decode(*arguments, method="greedy")
     assert old.is_deleted()
 
 

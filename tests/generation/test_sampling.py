@@ -20,11 +20,8 @@ def random_logits(seed: int, rows: int = 3) -> np.ndarray:
 
 def kept_tokens(logits: np.ndarray, **numbers) -> list[set[int]]:
     _, sampling = sampling_of(GenerationConfig(**numbers))
-    scores, order = filtered_scores(jnp.asarray(logits), sampling)
-    return [
-        set(np.asarray(row)[np.isfinite(np.asarray(score))].tolist())
-        for score, row in zip(scores, order, strict=True)
-    ]
+    scores = np.asarray(filtered_scores(jnp.asarray(logits), sampling))
+    return [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in scores]
 
 
 def expected_tokens(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> set[int]:

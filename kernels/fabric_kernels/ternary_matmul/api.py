@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,16 @@ from fabric_kernels.gradients import with_gradient_of
 from fabric_kernels.low_rank import LowRank, low_rank_product
 from fabric_kernels.packing import Packing
 from fabric_kernels.ternary_matmul import cpu
-from fabric_kernels.ternary_matmul.select import Implementation, products, select_implementation
+from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
+from fabric_kernels.ternary_matmul.select import (
+    Implementation,
+    Product,
+    Products,
+    products,
+    resolve,
+    select_implementation,
+    side_implementation,
+)
 from fabric_kernels.ternary_matmul.weight import TernaryWeight, no_gradient
 
 GradientBits = Literal[16, 24]
@@ -48,7 +57,7 @@ def ternary_matmul(
     chosen = select_implementation(implementation)
     weight = _weight(packed, x.shape[-1], packing)
     if x.dtype == jnp.int8:
-        return products(chosen).matmul(x, weight)
+        return _products(chosen, "linear", x, weight).matmul(x, weight)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"ternary_matmul takes int8 codes or floats, found {x.dtype}")
     return _float_matmul(chosen, x, weight)
@@ -88,6 +97,7 @@ def ternary_linear(
     weights: Sequence[TernaryWeight],
     adapters: Sequence[LowRank | None] | None = None,
     *,
+    prologue: Prologue | None = None,
     kept: jax.Array | None = None,
     implementation: Implementation | None = None,
     gradient_bits: GradientBits = 16,
@@ -98,6 +108,7 @@ def ternary_linear(
         x: [..., K], floats; quantised per token to int8 by absmax, once for all matrices.
         weights: up to four, with the same K, packing and layer.
         adapters: a low-rank adapter for each weight, or None; it reads the un-quantised ``x``.
+        prologue: what happens to ``x`` first; some kernels do it on the way.
         kept: what the backward pass reads in place of ``x``, of its shape and dtype; the gradient
             then goes to it, and none to ``x``.
         implementation: which one to run; ``None`` picks. A named one runs or raises.
@@ -112,7 +123,8 @@ def ternary_linear(
     Raises:
         TypeError: ``x`` is not a float, a weight not uint8 or a scale not float32, or ``kept`` is
             of another dtype than ``x``.
-        ValueError: shapes, packings or the number of weights do not fit, or a name is unknown.
+        ValueError: shapes, packings or the number of weights do not fit, a name is unknown, or both
+            a prologue and ``kept`` are given.
     """
     chosen = select_implementation(implementation)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -135,6 +147,12 @@ def ternary_linear(
     for weight, adapter in zip(weights, own, strict=True):
         if adapter is not None:
             _check_adapter(weight, adapter)
+    if prologue is not None:
+        if kept is not None:
+            raise ValueError("what is kept is the input of the quantiser: give it no prologue")
+        if all(adapter is None for adapter in own) and _fuses(chosen, x, weights[0]):
+            return _linear_after(chosen, x, prologue, tuple(weights))
+        x = apply_prologue(x, prologue, implementation=side_implementation(implementation))
     if chosen == "cpu":
         return _cpu_linear(gradient_bits, x, kept, tuple(weights), own)
     base_input = x if kept is None else with_gradient_of(x, kept)
@@ -169,9 +187,16 @@ def _weight(packed: jax.Array, k: int, packing: Packing) -> TernaryWeight:
     return weight
 
 
+def _products(
+    chosen: Implementation, product: Product, rows: jax.Array, weight: TernaryWeight
+) -> Products:
+    """What runs a product of ``rows`` [..., K] or [..., N]."""
+    return products(resolve(chosen, product, rows.size // max(rows.shape[-1], 1), weight))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_matmul(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> jax.Array:
-    return products(chosen).matmul(x, weight)
+    return _products(chosen, "linear_transposed", x, weight).matmul(x, weight)
 
 
 def _float_matmul_fwd(
@@ -191,7 +216,7 @@ _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_transposed(chosen: Implementation, g: jax.Array, weight: TernaryWeight) -> jax.Array:
-    return products(chosen).matmul_transposed(g, weight)
+    return _products(chosen, "linear_transposed", g, weight).matmul_transposed(g, weight)
 
 
 def _float_transposed_fwd(
@@ -214,7 +239,7 @@ _Weights = tuple[TernaryWeight, ...]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(chosen: Implementation, x: jax.Array, weights: _Weights) -> tuple[jax.Array, ...]:
-    return products(chosen).linear(x, weights)
+    return _products(chosen, "linear", x, weights[0]).linear(x, weights)
 
 
 def _linear_fwd(
@@ -226,11 +251,52 @@ def _linear_fwd(
 def _linear_bwd(
     chosen: Implementation, weights: _Weights, gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, _Weights]:
-    dx = products(chosen).linear_transposed(gradients, weights)
+    run = _products(chosen, "linear_transposed", gradients[0], weights[0])
+    dx = run.linear_transposed(gradients, weights)
     return dx, tuple(no_gradient(weight) for weight in weights)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def _fuses(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> bool:
+    """Whether the kernel for few tokens runs, which gates and normalises by itself."""
+    rows = x.size // max(x.shape[-1], 1)
+    if resolve(chosen, "linear", rows, weight) != "triton":
+        return False
+    return cast(Any, products("triton")).fuses_prologue(rows, weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_after(
+    chosen: Implementation, x: jax.Array, prologue: Prologue, weights: _Weights
+) -> tuple[jax.Array, ...]:
+    del chosen
+    return cast(Any, products("triton")).linear_after(x, weights, prologue)
+
+
+def _linear_after_fwd(
+    chosen: Implementation, x: jax.Array, prologue: Prologue, weights: _Weights
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, Prologue, _Weights]]:
+    return _linear_after(chosen, x, prologue, weights), (x, prologue, weights)
+
+
+def _linear_after_bwd(
+    chosen: Implementation,
+    residuals: tuple[jax.Array, Prologue, _Weights],
+    gradients: tuple[jax.Array, ...],
+) -> tuple[jax.Array, Prologue, _Weights]:
+    """The gradient of the same in two steps."""
+    x, prologue, weights = residuals
+
+    def steps(x: jax.Array, prologue: Prologue) -> tuple[jax.Array, ...]:
+        return _linear(chosen, apply_prologue(x, prologue, implementation="xla"), weights)
+
+    dx, d_prologue = jax.vjp(steps, x, prologue)[1](gradients)
+    return dx, d_prologue, tuple(no_gradient(weight) for weight in weights)
+
+
+_linear_after.defvjp(_linear_after_fwd, _linear_after_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

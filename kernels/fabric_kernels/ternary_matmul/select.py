@@ -9,13 +9,17 @@ import jax
 from fabric_kernels import cpu_library
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
-Implementation = Literal["xla", "cpu", "triton", "mosaic_gpu", "mosaic_tpu"]
-"""``xla`` runs everywhere, ``cpu`` is compiled C++; the others are Pallas kernels: ``mosaic_gpu``
-for NVIDIA's Hopper, ``triton`` for other GPUs, ``mosaic_tpu`` for TPUs."""
+Implementation = Literal["xla", "cpu", "triton", "mosaic_gpu", "mosaic_tpu", "tuned"]
+"""``xla`` runs everywhere, ``cpu`` is compiled C++, and there are Pallas kernels: ``mosaic_gpu``
+for NVIDIA's Hopper, ``triton`` for any GPU, ``mosaic_tpu`` for TPUs. ``tuned`` is, for each
+product, whichever of these was measured to be the fastest on the device (``tuned_table``)."""
 
+Product = Literal["linear", "linear_transposed"]
+"""What tables choose for: the product of a forward pass with its quantiser, and that of a backward
+pass. Products of bare codes follow the first, those of bare floats the second."""
 
 SideImplementation = Literal["xla", "cpu"]
-"""What norms, attention and tables have."""
+"""What norms and tables have."""
 
 
 class Products(Protocol):
@@ -41,21 +45,49 @@ class Products(Protocol):
 
 
 def select_implementation(implementation: Implementation | None = None) -> Implementation:
-    """The implementation that a call with these arguments runs; ``None`` means the best one."""
+    """The implementation that a call with these arguments runs; ``None`` means the best one.
+
+    Raises:
+        ValueError: the name is unknown, or it is ``tuned`` and there is no table for the device.
+    """
+    from fabric_kernels.ternary_matmul.tuned_table import device_table
+
+    platform = jax.default_backend()
     if implementation is None:
-        on_cpu = jax.default_backend() == "cpu" and cpu_library.available()
-        return "cpu" if on_cpu else "xla"
+        if platform == "gpu" and device_table() is not None:
+            return "tuned"
+        return "cpu" if platform == "cpu" and cpu_library.available() else "xla"
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"ternary_matmul has the implementations {', '.join(get_args(Implementation))}; "
             f"found {implementation!r}"
         )
+    if implementation == "tuned" and device_table() is None:
+        raise ValueError(
+            f"there is no table for {jax.devices()[0].device_kind}: choose another implementation "
+            "or make one with python -m fabric_kernels.tune"
+        )
     return implementation
 
 
+def resolve(
+    implementation: Implementation, product: Product, rows: int, weight: TernaryWeight
+) -> Implementation:
+    """What runs a product of ``rows`` rows: looks a ``tuned`` one up, leaves others as they are."""
+    if implementation != "tuned":
+        return implementation
+    from fabric_kernels.ternary_matmul.tuned_table import device_table
+
+    table = device_table()
+    assert table is not None, "select_implementation has looked for it"
+    return table.pick(product, weight.packing, rows, weight.n, weight.k)
+
+
 def side_implementation(implementation: Implementation | None) -> SideImplementation | None:
-    """What runs norms, attention and tables beside products of that implementation."""
-    return implementation if implementation in (None, "cpu") else "xla"
+    """What runs norms and tables beside products of that implementation."""
+    if implementation is None or implementation == "cpu":
+        return implementation
+    return "xla"
 
 
 def products(implementation: Implementation) -> Products:

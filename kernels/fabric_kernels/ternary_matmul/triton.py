@@ -9,6 +9,7 @@ JAX has deprecated this backend in 0.11 and will remove it; its warning goes no 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ import numpy as np
 
 from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE
-from fabric_kernels.ternary_matmul.triton_call import on_platform, without_deprecation
+from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
+from fabric_kernels.triton_call import on_platform, without_deprecation
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 8
 """Up to these many rows a product is bound by reading the weights."""
+QUANTIZED_BY_EACH = 2
+"""Up to these many rows each program quantises them by itself, which spares a launch."""
 MULTIPROCESSORS = 132
 """Programs that a large GPU runs at once; smaller ones only take more turns."""
 FLOATS = ("bfloat16", "float16", "float32")
@@ -59,6 +63,22 @@ def linear(x: jax.Array, weights: Sequence[TernaryWeight]) -> tuple[jax.Array, .
     """
     _check_float(x)
     return _integer(x, tuple(weights), x.dtype)
+
+
+def fuses_prologue(rows: int, weight: TernaryWeight) -> bool:
+    """Whether :func:`linear_after` takes these."""
+    return 0 < rows <= QUANTIZED_BY_EACH and weight.packing == "ternary2"
+
+
+def linear_after(
+    x: jax.Array, weights: Sequence[TernaryWeight], prologue: Prologue
+) -> tuple[jax.Array, ...]:
+    """``linear`` of ``norm(act(gate) · x)``, in one launch; where :func:`fuses_prologue`."""
+    _check_float(x)
+    gate = prologue.gate
+    flat = replace(prologue, gate=None if gate is None else gate.reshape(-1, x.shape[-1]))
+    outputs = _few_tokens(x.reshape(-1, x.shape[-1]), tuple(weights), x.dtype, flat)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
@@ -170,25 +190,27 @@ def _product(
 
 
 def _few_tokens(
-    rows: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype
+    rows: jax.Array,
+    weights: tuple[TernaryWeight, ...],
+    dtype: jnp.dtype,
+    prologue: Prologue | None = None,
 ) -> tuple[jax.Array, ...]:
-    m, width = rows.shape[0], _width(weights[0])
-    tile = _row_tile(m, width)
+    tile = _row_tile(_width(weights[0]), min(w.n for w in weights))
     packed, scales, layers = zip(*(_stack(w) for w in weights), strict=True)
+    before = prologue or Prologue()
 
-    def call(rows: jax.Array, packed: Any, layers: Any, scales: Any, *, mode: Any) -> Any:
+    def call(
+        rows: jax.Array, gate: Any, gain: Any, packed: Any, layers: Any, scales: Any, *, mode: Any
+    ) -> Any:
         few = kernels()[1]
-        if rows.dtype == jnp.int8 or mode == "rocm":
-            codes, sums, factor = _quantized(rows)
-            planes = _planes(codes, weights[0], tile)
-        else:
-            planes, sums, factor = few.quantize(rows, width + -width % tile.w, mode=mode)
-        factors = None if factor is None else (factor, scales)
-        return few.few_tokens(
-            planes, packed, layers, m, tile, mode=mode, sums=sums, factors=factors, dtype=dtype
-        )
+        row = few.Row(x=rows, gate=gate, activation=before.activation, gain=gain, eps=before.eps)
+        if rows.dtype != jnp.int8 and (mode == "rocm" or rows.shape[0] > QUANTIZED_BY_EACH):
+            after = replace(before, gate=gate, gain=gain)
+            codes, scale = absmax_quantize(apply_prologue(rows, after, implementation="xla"))
+            row = few.Row(x=codes, factors=1.0 / scale[:, 0])
+        return few.few_tokens(row, packed, layers, scales, tile, mode=mode, dtype=dtype)
 
-    return on_platform(call, rows, packed, layers, scales)
+    return on_platform(call, rows, before.gate, before.gain, packed, layers, scales)
 
 
 def _transposed(
@@ -277,13 +299,14 @@ def _product_tile(m: int, n: int, width: int, dtype: jnp.dtype) -> "Tile":
     )
 
 
-def _row_tile(m: int, width: int) -> "Tile":
-    """16 bytes a thread, and few enough sums for its registers."""
-    warps = 1
-    while warps < 8 and -(-width // (512 * warps)) > 3:
-        warps *= 2
-    rows = 4 if m <= 2 else 2 if m <= 4 else 1
-    return kernels()[0].Tile(m=1, n=rows, w=512 * warps, warps=warps, stages=1)
+def _row_tile(width: int, n: int) -> "Tile":
+    """Whole rows of the matrix, about 128 bytes to a thread, unless that leaves some GPU idle."""
+    w = _power(width, 32)
+    warps = min(8, max(4, w // 512))
+    rows = max(1, 128 * 32 * warps // w)
+    while rows > 4 and -(-n // rows) < 2 * MULTIPROCESSORS:
+        rows //= 2
+    return kernels()[0].Tile(m=1, n=rows, w=w, warps=warps, stages=1)
 
 
 def _transposed_tile(m: int, width: int, dtype: jnp.dtype) -> "Tile":

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE, Packing
-from fabric_kernels.ternary_matmul.triton_call import Mode
+from fabric_kernels.triton_call import Mode
 
 Ref = Any
 
