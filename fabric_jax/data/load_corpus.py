@@ -47,6 +47,9 @@ def corpus_tokenizer(folder: Path, config: DataConfig, *, size: int, own: str) -
 def prepare_corpus(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     """The corpus in ``folder``, tokenised from the configured rows where it isn't there yet.
 
+    Which documents are held out depends on their contents alone: runs whose rows come in another
+    order are evaluated on the same ones.
+
     Raises:
         FabricError: the folder holds another corpus, or the rows are missing or malformed.
     """
@@ -54,7 +57,6 @@ def prepare_corpus(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Co
         source=config.data,
         held_out_source=config.eval_data,
         held_out=config.eval_fraction,
-        seed=config.data_seed,
     )
     if is_corpus(folder):
         check_corpus(folder, settings, tokenizer.fingerprint)

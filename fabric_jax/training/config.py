@@ -220,6 +220,7 @@ class PretrainConfig(RunConfig):
             recipe's, as published, or plain AdamW's.
         vocab_size: scratch: rows of the embedding; 0 for the model's, or those that the tokenizer
             needs where that was learnt.
+        num_layers: scratch: layers; 0 for the model's own.
         gate: scratch: activation of the gate; model for the model's own.
         sub_norms: scratch: whether there are norms before o and down; model for the model's own.
         ste: variants of the quantisers, for ablations.
@@ -244,6 +245,7 @@ class PretrainConfig(RunConfig):
     recipe: Literal["scratch", "convert", "continue", "sft"] = "scratch"
     optimizer_defaults: Literal["recipe", "plain"] = "recipe"
     vocab_size: int = 0
+    num_layers: int = 0
     gate: Literal["model", "silu", "relu2"] = "model"
     sub_norms: Literal["model", "yes", "no"] = "model"
     ste: SteOptions = field(default_factory=SteOptions)
@@ -264,6 +266,7 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         _at_least_zero(
             vocab_size=self.vocab_size,
+            num_layers=self.num_layers,
             quantization_warmup=self.quantization_warmup,
             train_tokenizer=self.train_tokenizer,
             z_loss=self.z_loss,

@@ -52,10 +52,11 @@ def find_origin(config: PretrainConfig) -> Origin:
     """
     if config.recipe == "scratch":
         return Origin(model=_chosen_size(config), source=None)
-    if config.vocab_size or config.gate != "model" or config.sub_norms != "model":
+    sizes = config.vocab_size or config.num_layers
+    if sizes or config.gate != "model" or config.sub_norms != "model":
         raise FabricError(
             f"the recipe {config.recipe} takes a model as it is",
-            fix="Leave out --vocab-size, --gate and --sub-norms",
+            fix="Leave out --vocab-size, --num-layers, --gate and --sub-norms",
         )
     if config.recipe == "convert":
         source = open_source(config.model)
@@ -153,6 +154,8 @@ def _chosen_size(config: PretrainConfig) -> ModelConfig:
     model = replace(get_config(config.model), ternary=True)
     if config.vocab_size:
         model = replace(model, vocab_size=config.vocab_size)
+    if config.num_layers:
+        model = replace(model, num_layers=config.num_layers)
     if config.gate != "model":
         model = replace(model, activation=config.gate)
     if config.sub_norms != "model":
