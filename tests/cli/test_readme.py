@@ -11,7 +11,7 @@ from fabric_jax.cli.arguments import parse
 from fabric_jax.cli.evaluate import EvaluateConfig
 from fabric_jax.cli.main import COMMANDS
 from fabric_jax.conversion.config import ConvertConfig
-from fabric_jax.training.config import FinetuneConfig
+from fabric_jax.training.config import FinetuneConfig, PretrainConfig
 from fabric_jax.training.memory_account import MemoryConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +22,7 @@ CONFIGS = {
     "evaluate": EvaluateConfig,
     "convert": ConvertConfig,
     "memory": MemoryConfig,
+    "pretrain": PretrainConfig,
 }
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fabric_kernels import unpack_ternary2
 from rich.console import Console
 
 from fabric_jax.checkpoints.huggingface.write import write_huggingface
@@ -21,7 +22,9 @@ from fabric_jax.data.token_stream import TokenStream
 from fabric_jax.errors import FabricError
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_base
+from fabric_jax.models.packing import pack_base
 from fabric_jax.models.registry import REGISTRY
+from fabric_jax.quantization.master_linear import weight_codes
 from fabric_jax.quantization.ste_options import SteOptions
 from fabric_jax.training.config import OptimizerConfig, PretrainConfig
 from fabric_jax.training.loop import pretrain
@@ -126,17 +129,30 @@ def test_exported_models_compute_what_the_training_forward_computed(
     config, _ = scratch
     job = pretrain_job(config, find_origin(config))
     _, masters = load_model_folder(Path(config.output) / "model")
-    expected = logits(job.definition, masters)
+    definition = job.definition
+    expected = logits(definition, masters)
     output = tmp_path / ("packed.gguf" if to.startswith("gguf") else "packed")
     convert(ConvertConfig(model=config.output, output=str(output), to=to))
     loaded = load_base(output)
     assert loaded.definition.options.mode == "packed"
     assert expected.std() > 0.05
+    for path, (_, k) in ONE.linear_shapes.items():
+        block, name = path.split(".")
+        forward, _ = weight_codes(masters["layers"][block][name]["weight"][0], SteOptions())
+        codes = unpack_ternary2(loaded.base["layers"][block][name]["weight"][0], k)
+        np.testing.assert_array_equal(codes, forward, err_msg=path)
     if to.startswith("gguf"):
-        # F16 tables and scales, and zeros that fill rows up to blocks of 256.
-        np.testing.assert_allclose(logits(loaded.definition, loaded.base), expected, atol=2e-2)
-    else:
-        np.testing.assert_allclose(logits(loaded.definition, loaded.base), expected, atol=1e-5)
+        # The file holds tables and scales in float16: compared is what rounding leaves.
+        definition, rounded = pack_base(definition, masters)
+        rounded["embedding"] = rounded["embedding"].astype(jnp.float16).astype(jnp.float32)
+        for path in ONE.linear_shapes:
+            block, name = path.split(".")
+            scale = loaded.base["layers"][block][name]["scale"]
+            ours = rounded["layers"][block][name]
+            np.testing.assert_allclose(scale, ours["scale"], rtol=2**-11)
+            ours["scale"] = scale
+        expected = logits(definition, rounded)
+    np.testing.assert_allclose(logits(loaded.definition, loaded.base), expected, atol=1e-5)
 
 
 def test_going_on_from_a_packed_model_leaves_its_forward_unchanged(
