@@ -14,6 +14,7 @@ from fabric_jax.errors import FabricError, unknown_name
 COMMANDS = {
     "quickstart": "train, pack, fine-tune and evaluate a tiny model; needs no file and no network",
     "finetune": "LoRA-fine-tune a packed model on your rows",
+    "pretrain": "train all weights: from scratch, a dense model to ternary, a packed one further",
     "generate": "continue a prompt or a file of prompts, or chat, with one adapter or several",
     "evaluate": "perplexity and task accuracy of a model, with and without its adapter",
     "convert": "write a model or an adapter in another format: transformers, GGUF, PEFT",

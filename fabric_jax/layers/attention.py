@@ -1,9 +1,10 @@
 """Causal self-attention with grouped key/value heads."""
 
 from functools import partial
+from typing import Literal
 
 import jax
-from fabric_kernels.attention import Angles, attention
+from fabric_kernels.attention import Angles, attention, cudnn_attention
 from fabric_kernels.ternary_matmul import Implementation
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -12,6 +13,8 @@ from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions,
 from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.residuals import Twin, on_both
 from fabric_jax.layers.rope import rotate
+
+AttentionChoice = Literal["auto", "cudnn", "cudnn-causal"]
 
 
 def attend(
@@ -23,14 +26,20 @@ def attend(
     *,
     angles: Angles | None = None,
     implementation: Implementation | None = None,
+    choice: AttentionChoice = "auto",
 ) -> Float[Array, "B T H hd"]:
     """``softmax(scale · q·k^T)·v`` where ``mask`` is true; the softmax in float32.
 
     Without a scale it is ``1 / sqrt(hd)``. With angles q and k are turned first, see
     :func:`fabric_jax.layers.rope.rotary_angles`. ``implementation`` says what runs; ``None`` picks.
     Query heads share key/value heads in order: head h reads h // (H / K). A query that sees nothing
-    (padding) gets the mean of all values, which nothing reads.
+    (padding) gets the mean of all values, which nothing reads. ``choice`` may name cuDNN's
+    attention instead; ``cudnn-causal`` lets a query see all keys before it and reads no mask.
     """
+    if choice != "auto":
+        return cudnn_attention(
+            q, k, v, None if choice == "cudnn-causal" else mask, scale=scale, angles=angles
+        )
     return attention(q, k, v, mask, scale=scale, angles=angles, implementation=implementation)
 
 
@@ -69,7 +78,7 @@ class Attention(nnx.Module):
         def norm(size: int, eps: float | None) -> RMSNorm | None:
             if eps is None:
                 return None
-            dtype, stack = options.dtype, options.stack
+            dtype, stack = options.norm_dtype or options.dtype, options.stack
             return RMSNorm(
                 size,
                 eps=eps,

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
@@ -31,8 +31,9 @@ from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, declar
 from fabric_jax.layers.residuals import Twin, as_codes, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_blocks, table_bits
 from fabric_jax.quantization.absmax import ActQuant
+from fabric_jax.quantization.master_linear import master_linear
 from fabric_jax.quantization.packed_linear import packed_linears
-from fabric_jax.quantization.straight_through import fake_quantize_activation, quantize_weight
+from fabric_jax.quantization.ste_options import SteOptions
 
 BaseMode = Literal["packed", "master", "float"]
 """``packed``: frozen codes of 2 or 1.6 bits. ``master``: float weights, quantised in every forward
@@ -61,6 +62,8 @@ class LinearOptions:
         gradient_bits: of the backward product through packed weights on CPU.
         packing: layout of packed weights.
         float_format: how weights in the mode ``float`` are stored.
+        norm_dtype: of the gains of norms; None for ``dtype``.
+        ste: what masters and their inputs go through.
     """
 
     mode: BaseMode
@@ -72,6 +75,8 @@ class LinearOptions:
     gradient_bits: GradientBits = 16
     packing: Packing = "ternary2"
     float_format: FloatFormat = "same"
+    norm_dtype: DTypeLike | None = None
+    ste: SteOptions = field(default_factory=SteOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +91,14 @@ class LayerContext:
         int8_residuals: whether outputs of linears are twins, see ``layers.residuals``.
         adapter_ids: int32 [B], which adapter of a stack each row of the batch has; None for the
             one adapter that there is.
+        strength: float32 [], how far masters are quantised yet; None for entirely.
     """
 
     index: jax.Array | None = None
     dropout_key: jax.Array | None = None
     int8_residuals: bool = False
     adapter_ids: jax.Array | None = None
+    strength: jax.Array | None = None
 
 
 def float_dtype(float_format: FloatFormat, dtype: DTypeLike) -> str:
@@ -135,6 +142,7 @@ class BitLinear(nnx.Module):
         covered = options.lora.covers(name)
         self.lora = Lora(n, k, options.lora.of(name), stack=stack) if covered else None
         self.k = k
+        self.name = name
         self.options = options
         self.stream = zlib.crc32(name.encode())
 
@@ -164,8 +172,16 @@ class BitLinear(nnx.Module):
             return frozen_matmul(x, self.frozen(context))
         if options.mode == "float":
             return linear(x, self.weight[...])
-        values = fake_quantize_activation(x, options.act_quant)
-        return linear(values, quantize_weight(self.weight[...]))
+        key = _key(context)
+        return master_linear(
+            x,
+            self.weight[...],
+            name=self.name,
+            act_quant=options.act_quant,
+            ste=options.ste,
+            key=None if key is None else jax.random.fold_in(key, self.stream),
+            strength=None if context is None else context.strength,
+        )
 
     def product(self, context: LayerContext | None) -> LowRank | None:
         """The adapter as arrays; None where there is none, it drops channels, or rows differ."""

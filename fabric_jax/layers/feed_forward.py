@@ -59,7 +59,7 @@ class FeedForward(nnx.Module):
             else RMSNorm(
                 ffn_size,
                 eps=sub_norm_eps,
-                dtype=options.dtype,
+                dtype=options.norm_dtype or options.dtype,
                 stack=options.stack,
                 offset=norm_offset,
                 implementation=options.implementation,

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from fabric_jax.errors import FabricError, unknown_name
-from fabric_jax.layers.attention import Attention, attend
+from fabric_jax.layers.attention import Attention, AttentionChoice, attend
 from fabric_jax.layers.bit_linear import (
     INIT_STD,
     LINEAR_OUTPUT,
@@ -27,7 +27,7 @@ from fabric_jax.layers.bit_linear import (
     LinearOptions,
     is_frozen,
 )
-from fabric_jax.layers.cross_entropy import tiled_cross_entropy
+from fabric_jax.layers.cross_entropy import LOGITS_TILE_BYTES, tiled_cross_entropy
 from fabric_jax.layers.feed_forward import FeedForward
 from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.layers.lora import LoraConfig
@@ -38,6 +38,7 @@ from fabric_jax.layers.table import declare_table, table_rows, table_value
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.views import Views, cache_views, row_views
 from fabric_jax.quantization.absmax import ActQuant
+from fabric_jax.quantization.ste_options import SteOptions
 
 Remat = Literal["none", "linears", "int8-residuals", "layer"]
 """What the backward pass keeps of a layer: everything, the outputs of its linears (norms, gates and
@@ -63,6 +64,11 @@ class DecoderOptions:
             (fixed point, about twice as fast) or 24 (as exact as float32).
         float_format: of linears in the mode ``float`` as they are stored; ``same`` is ``dtype``,
             any other than that is frozen.
+        norm_dtype: of the gains of norms as they are stored; None for ``dtype``.
+        ste: what master weights and their inputs go through.
+        loss_tile_bytes: float32 logits that exist at once; accelerators want large tiles.
+        attention: ``auto``: ours; or cuDNN's flash attention, for half precision on NVIDIA GPUs:
+            ``cudnn``, and ``cudnn-causal`` for rows that are one document each (no mask is read).
     """
 
     mode: BaseMode = "packed"
@@ -75,6 +81,10 @@ class DecoderOptions:
     gradient_bits: GradientBits = 16
     embedding_dtype: DTypeLike | None = None
     float_format: FloatFormat = "same"
+    norm_dtype: DTypeLike | None = None
+    ste: SteOptions = field(default_factory=SteOptions)
+    loss_tile_bytes: int = LOGITS_TILE_BYTES
+    attention: AttentionChoice = "auto"
 
     @property
     def frozen(self) -> bool:
@@ -145,7 +155,7 @@ def _norm(
     return RMSNorm(
         config.hidden_size,
         eps=config.norm_eps,
-        dtype=options.dtype,
+        dtype=options.norm_dtype or options.dtype,
         stack=stack,
         offset=config.norm_offset,
         implementation=options.implementation,
@@ -170,6 +180,8 @@ class Decoder(nnx.Module):
             stack=(config.num_layers,),
             gradient_bits=options.gradient_bits,
             float_format=options.float_format,
+            norm_dtype=options.norm_dtype,
+            ste=options.ste,
         )
         table = (config.vocab_size, config.hidden_size)
         table_dtype = options.embedding_dtype or options.dtype
@@ -181,6 +193,8 @@ class Decoder(nnx.Module):
         self.dtype = options.dtype
         self.remat: Remat = options.remat
         self.frozen_linears = options.frozen
+        self.loss_tile_bytes = options.loss_tile_bytes
+        self.attention_choice: AttentionChoice = options.attention
         # The implementation is named for packed products; others have no choice of theirs.
         self.attention_runs: Implementation | None = (
             options.implementation if options.mode == "packed" else None
@@ -192,10 +206,14 @@ class Decoder(nnx.Module):
         positions: Int32[Array, "B T"],
         segment_ids: Int32[Array, "B T"],
         dropout_key: jax.Array | None = None,
+        strength: Float[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states; a token sees the tokens before it in its own segment."""
+        """Final hidden states; a token sees the tokens before it in its own segment.
+
+        ``strength`` says how far master weights and their inputs are quantised, None for entirely.
+        """
         views = row_views(self.config, positions, segment_ids)
-        return self._run(tokens, positions, views, None, dropout_key)[0]
+        return self._run(tokens, positions, views, None, dropout_key, strength=strength)[0]
 
     def extend(
         self,
@@ -228,6 +246,7 @@ class Decoder(nnx.Module):
         weights: Float[Array, "B T"],
         *,
         train_head: bool = False,
+        z_loss: float = 0.0,
     ) -> Float[Array, ""]:
         """Sum of the weighted next-token losses, nats, without all logits at once."""
         return tiled_cross_entropy(
@@ -236,6 +255,8 @@ class Decoder(nnx.Module):
             targets.reshape(-1),
             weights.reshape(-1),
             train_head=train_head,
+            z_loss=z_loss,
+            tile_bytes=self.loss_tile_bytes,
         )
 
     def head_weight(self) -> Float[Array, "V D"] | BlockTable:
@@ -257,6 +278,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
         dropout_key: jax.Array | None,
         adapter_ids: jax.Array | None = None,
+        strength: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         graphdef, *states = nnx.split(self.layers, AdapterParam, BaseParam)
         adapter, base = (nnx.to_pure_dict(state) for state in states)
@@ -269,7 +291,7 @@ class Decoder(nnx.Module):
             index, trees = layer
             adapter, base = trees
             block: Block = nnx.merge(graphdef, adapter, _join(packed, base))
-            context = self._context(index, cache, dropout_key, adapter_ids)
+            context = self._context(index, cache, dropout_key, adapter_ids, strength)
             return self._layer(block, h, context, positions, views, cache), None
 
         match self.remat:
@@ -317,13 +339,18 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
         dropout_key: jax.Array | None,
         adapter_ids: jax.Array | None,
+        strength: jax.Array | None = None,
     ) -> LayerContext:
         """What layer ``index`` knows besides its parameters."""
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         # A cache takes its keys and values as they are; nothing is differentiated there.
         rounds = self.remat == "int8-residuals" and cache is None
         return LayerContext(
-            index=index, dropout_key=key, int8_residuals=rounds, adapter_ids=adapter_ids
+            index=index,
+            dropout_key=key,
+            int8_residuals=rounds,
+            adapter_ids=adapter_ids,
+            strength=strength,
         )
 
     def _layer(
@@ -355,7 +382,8 @@ class Decoder(nnx.Module):
         if cache is not None:
             cache = cache.write(index, positions, exact_form(k), exact_form(v))
             k, v = cache.read(index, h.dtype, view.mask.shape[-1])
-        core = partial(attend, mask=view.mask, scale=scale, angles=late)
+        choice: AttentionChoice = self.attention_choice if cache is None else "auto"
+        core = partial(attend, mask=view.mask, scale=scale, angles=late, choice=choice)
         attended = on_both(core, q, k, v, implementation=self.attention_runs)
         return block.combine(h, attended, context), cache
 

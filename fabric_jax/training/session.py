@@ -3,10 +3,10 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from fabric_jax.checkpoints.train_state import TrainCheckpoints
 from fabric_jax.data.batch import Batch
 from fabric_jax.data.load import Data
 from fabric_jax.errors import FabricError
-from fabric_jax.evaluation.perplexity import evaluate_perplexity, make_eval_step
+from fabric_jax.evaluation.perplexity import Perplexity, evaluate_perplexity, make_eval_step
 from fabric_jax.measurement.categories import CompiledMemory, compiled_memory
 from fabric_jax.measurement.memory import peak_memory_bytes, release_free_memory
 from fabric_jax.models.decoder import DecoderDefinition
@@ -30,6 +30,7 @@ from fabric_jax.training.partition import freezes_a
 from fabric_jax.training.progress import RunProgress
 from fabric_jax.training.step import (
     StepMetrics,
+    StepOptions,
     Trains,
     TrainState,
     init_state,
@@ -58,6 +59,10 @@ class Job:
         resume_with: what the user is told to run after an interrupt.
         notes: what else is said before the first step.
         fused: whether each layer is updated within the backward pass.
+        step: how the loss of a step is computed.
+        settings: what a step depends on that is in no other attribute; for resuming.
+        sample: texts that the model writes, given the step and the trained tree; called after
+            evaluations. None for none.
     """
 
     definition: DecoderDefinition
@@ -72,6 +77,9 @@ class Job:
     resume_with: str
     notes: tuple[str, ...] = ()
     fused: bool = False
+    step: StepOptions = field(default_factory=StepOptions)
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sample: Callable[[int, Tree], list[str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +187,11 @@ class Session:
         shape = (self.config.accumulation, dataset.batch_size, dataset.max_length)
         self._root = jax.random.fold_in(jax.random.key(self.config.seed), DROPOUT_STREAM)
         step = make_train_step(
-            self.job.definition, self.optimizer, trains=self.job.trains, fused=self.job.fused
+            self.job.definition,
+            self.optimizer,
+            trains=self.job.trains,
+            fused=self.job.fused,
+            options=self.job.step,
         )
         compiled = step.lower(
             self.state, self.job.frozen, _abstract_batch(shape), self._root
@@ -257,27 +269,39 @@ class Session:
         params, frozen = self.state.params, self.job.frozen
         base, adapter = (frozen, params) if self.job.trains == "adapter" else (params, frozen)
         try:
-            loss = evaluate_perplexity(
+            measured = evaluate_perplexity(
                 self._eval_step, base, adapter, self._until_stopped(stream.epoch(0))
-            ).loss
+            )
         except _Stopped:
             return
+        loss = measured.loss
         if not math.isfinite(loss):
             raise FabricError(
                 f"the evaluation after step {self.step} gives a loss of {loss}",
                 fix="Lower the learning rate; earlier checkpoints are intact",
             )
         improved = self.totals.add_evaluation(self.step, loss)
+        self.totals.eval_bits_per_byte_last = bits = self._bits_per_byte(measured)
         if self.step == 0:
             self._log.write_first_evaluation(loss)
             self._progress.note(f"before training: eval loss {loss:.4f}")
         elif self.totals.logged_step < self.step:
-            self._record(self.step, self.epoch, loss)
+            self._record(self.step, self.epoch, loss, bits)
+        if self.job.sample is not None and self.step:
+            for text in self.job.sample(self.step, params):
+                self._progress.note(f"sample: {text}")
         if improved and self.job.keep_best:
             self.job.export(self.output / f"{self.job.kind}_best", params)
         self._saved_step = -1
 
-    def _record(self, step: int, epoch: float, eval_loss: float | None) -> None:
+    def _bits_per_byte(self, measured: Perplexity) -> float | None:
+        """Bits that a byte of the evaluation text takes; None where its bytes aren't known."""
+        size = self.job.data.evaluation_bytes
+        return None if not size else measured.loss * measured.tokens / math.log(2) / size
+
+    def _record(
+        self, step: int, epoch: float, eval_loss: float | None, bits: float | None = None
+    ) -> None:
         """Writes a line of metrics over the steps since the last one."""
         window = self.totals.window
         record = StepRecord(
@@ -292,6 +316,7 @@ class Session:
             seconds=self._elapsed(),
             peak_bytes=peak_memory_bytes(),
             eval_loss=eval_loss,
+            eval_bits_per_byte=bits,
         )
         self._log.write(record)
         self._progress.show(record, window.seconds / max(window.steps, 1))

@@ -23,6 +23,26 @@ Trains = Literal["adapter", "base"]
 """Which tree is optimised: LoRA fine-tuning or training from scratch. The other one is frozen."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How the loss of a step is computed, beside the model.
+
+    Attributes:
+        z_loss: weight of the squared log-partition, see ``layers.cross_entropy``.
+        quantization_warmup: steps over which masters and their inputs are quantised ever more:
+            ``min(step / warmup, 1)``, steps counted from 0; 0 for entirely from the first.
+    """
+
+    z_loss: float = 0.0
+    quantization_warmup: int = 0
+
+    def strength(self, step: Int32[Array, ""]) -> Float32[Array, ""] | None:
+        """How far this step quantises; None for entirely, in every step."""
+        if not self.quantization_warmup:
+            return None
+        return jnp.minimum(step.astype(jnp.float32) / self.quantization_warmup, 1.0)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
@@ -84,6 +104,7 @@ def make_train_step(
     *,
     trains: Trains = "adapter",
     fused: bool = False,
+    options: StepOptions | None = None,
 ) -> TrainStep:
     """The compiled step ``(state, frozen, batch, root_key) -> (state, metrics)``.
 
@@ -97,24 +118,14 @@ def make_train_step(
 
     ``fused`` updates each layer's adapter within the backward pass (``fused_step.py``): one
     micro-batch, no clipping by the global norm, and the pass recomputes all but layers' inputs.
+    ``options`` are for the other form.
     """
     if fused:
         return _fused_step(definition, optimizer)
 
-    freeze_a = freezes_a(definition, trains)
+    freeze_a, options = freezes_a(definition, trains), options or StepOptions()
 
-    def loss_sum(own: Tree, kept: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
-        params = join(own, kept)
-        base, adapter = (frozen, params) if trains == "adapter" else (params, frozen)
-        decoder = definition.bind(base, adapter)
-        hidden = decoder(batch.tokens, batch.positions, batch.segment_ids, key)
-        return decoder.loss(hidden, batch.targets, batch.loss_mask, train_head=trains == "base")
-
-    def gradient(
-        parts: tuple[Tree, Tree], frozen: Tree, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Tree]:
-        loss, grads = jax.value_and_grad(loss_sum)(*parts, frozen, batch, key)
-        return loss, to_float32(grads)
+    gradient = _gradient_of(definition, trains, options)
 
     @partial(jax.jit, donate_argnums=(0,))
     def step(
@@ -122,8 +133,9 @@ def make_train_step(
     ) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(root_key, state.step)
         trained, kept = split(state.params, freeze_a=freeze_a)
+        strength = options.strength(state.step)
         total, grads = _sum_micro_batches(
-            lambda micro, k: gradient((trained, kept), frozen, micro, k), batch, key
+            lambda micro, k: gradient((trained, kept), frozen, micro, k, strength), batch, key
         )
         tokens = jnp.sum(batch.loss_mask)
         share = 1.0 / jnp.maximum(tokens, 1.0)
@@ -139,6 +151,47 @@ def make_train_step(
         return TrainState(params=params, moments=moments, step=state.step + 1), metrics
 
     return step
+
+
+_Gradient = Callable[
+    [tuple[Tree, Tree], Tree, Batch, jax.Array, jax.Array | None], tuple[jax.Array, Tree]
+]
+
+
+def _gradient_of(definition: DecoderDefinition, trains: Trains, options: StepOptions) -> _Gradient:
+    """Loss sum and float32 gradients of a micro-batch, by the first of two trees of params."""
+
+    def loss_sum(
+        own: Tree,
+        kept: Tree,
+        frozen: Tree,
+        batch: Batch,
+        key: jax.Array,
+        strength: jax.Array | None,
+    ) -> jax.Array:
+        params = join(own, kept)
+        base, adapter = (frozen, params) if trains == "adapter" else (params, frozen)
+        decoder = definition.bind(base, adapter)
+        hidden = decoder(batch.tokens, batch.positions, batch.segment_ids, key, strength)
+        return decoder.loss(
+            hidden,
+            batch.targets,
+            batch.loss_mask,
+            train_head=trains == "base",
+            z_loss=options.z_loss,
+        )
+
+    def gradient(
+        parts: tuple[Tree, Tree],
+        frozen: Tree,
+        batch: Batch,
+        key: jax.Array,
+        strength: jax.Array | None,
+    ) -> tuple[jax.Array, Tree]:
+        loss, grads = jax.value_and_grad(loss_sum)(*parts, frozen, batch, key, strength)
+        return loss, to_float32(grads)
+
+    return gradient
 
 
 def _fused_step(

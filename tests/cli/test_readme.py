@@ -12,7 +12,7 @@ from fabric_jax.cli.evaluate import EvaluateConfig
 from fabric_jax.cli.generate import GenerateConfig
 from fabric_jax.cli.main import COMMANDS, main
 from fabric_jax.conversion.config import ConvertConfig
-from fabric_jax.training.config import FinetuneConfig
+from fabric_jax.training.config import FinetuneConfig, PretrainConfig
 from fabric_jax.training.memory_account import MemoryConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +25,7 @@ CONFIGS = {
     "convert": ConvertConfig,
     "generate": GenerateConfig,
     "memory": MemoryConfig,
+    "pretrain": PretrainConfig,
 }
 
 

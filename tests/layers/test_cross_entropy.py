@@ -130,7 +130,7 @@ def test_bfloat16_hidden_states() -> None:
 @given(n=st.integers(1, 100_000), v=st.integers(2, 300_000))
 @settings(max_examples=200, deadline=None)
 def test_tiles_stay_under_32_mib(n: int, v: int) -> None:
-    tile = tile_tokens(n, v, 0)
+    tile = tile_tokens(n, v)
     assert 1 <= tile <= n
     assert tile * v * 4 <= 32 << 20 or tile == min(16, n)
     assert tile == n or tile & (tile - 1) == 0
