@@ -117,7 +117,11 @@ class Attention(nnx.Module):
         return q, k, v
 
     def close(
-        self, heads: Float[Array, "B T H hd"] | Twin, context: LayerContext | None
+        self,
+        heads: Float[Array, "B T H hd"] | Twin,
+        context: LayerContext | None,
+        residual: jax.Array | Twin | None = None,
     ) -> jax.Array | Twin:
-        """Joins the heads to [B, T, D]."""
-        return apply_after(self.sub_norm, [self.o], on_both(join_heads, heads), context)[0]
+        """Joins the heads to [B, T, D], added to a residual where there is one."""
+        x = on_both(join_heads, heads)
+        return apply_after(self.sub_norm, [self.o], x, context, residual)[0]

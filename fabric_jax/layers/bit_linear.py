@@ -211,21 +211,27 @@ def apply_after(
     linears: Sequence[BitLinear],
     x: jax.Array | Twin,
     context: LayerContext | None,
+    residual: jax.Array | Twin | None = None,
 ) -> list[jax.Array | Twin]:
-    """The outputs of linears that share ``norm(x)``, which some kernels compute on the way."""
-    if norm is None:
-        return apply_together(linears, x, context)
-    prologue = norm.prologue
-    if prologue is None or not takes_prologue(linears, x):
-        return apply_together(linears, on_both(norm, x), context)
-    return apply_together(linears, x, context, prologue)
+    """The outputs of linears that share ``norm(x)``; that of one alone, added to a residual.
+
+    Some kernels compute all of it on the way.
+    """
+    prologue = Prologue() if norm is None else norm.prologue
+    if prologue is not None and takes_prologue(linears, x, context):
+        return apply_together(linears, x, context, prologue, residual)
+    outputs = apply_together(linears, x if norm is None else on_both(norm, x), context)
+    return outputs if residual is None else [on_both(jnp.add, residual, outputs[0])]
 
 
-def takes_prologue(linears: Sequence[BitLinear], x: jax.Array | Twin) -> bool:
-    """Whether nothing but the linears' quantiser reads their input."""
+def takes_prologue(
+    linears: Sequence[BitLinear], x: jax.Array | Twin, context: LayerContext | None
+) -> bool:
+    """Whether nothing but the linears' quantiser reads their input, nor is anything kept."""
     options = linears[0].options
     quantized = options.mode == "packed" and options.act_quant == "per_token"
-    return quantized and not isinstance(x, Twin) and all(one.lora is None for one in linears)
+    kept = isinstance(x, Twin) or (context is not None and context.int8_residuals)
+    return quantized and not kept and all(one.lora is None for one in linears)
 
 
 def apply_together(
@@ -233,10 +239,11 @@ def apply_together(
     x: jax.Array | Twin,
     context: LayerContext | None = None,
     prologue: Prologue | None = None,
+    residual: jax.Array | Twin | None = None,
 ) -> list[jax.Array | Twin]:
     """The outputs of linears that share their input: it is quantised once.
 
-    A prologue may be given where :func:`takes_prologue` says so.
+    A prologue, and for one linear a residual, may be given where :func:`takes_prologue` says so.
     """
     options = linears[0].options
     products = [one.product(context) for one in linears]
@@ -246,6 +253,7 @@ def apply_together(
             [one.packed(context) for one in linears],
             products,
             prologue=prologue,
+            residual=None if residual is None else exact_form(residual),
             kept=x.kept if isinstance(x, Twin) else None,
             act_quant=options.act_quant,
             implementation=options.implementation,

@@ -69,14 +69,19 @@ class FeedForward(nnx.Module):
         self.implementation: SideImplementation | None = side_implementation(options.implementation)
 
     def __call__(
-        self, x: jax.Array | Twin, context: LayerContext | None = None, norm: RMSNorm | None = None
+        self,
+        x: jax.Array | Twin,
+        context: LayerContext | None = None,
+        norm: RMSNorm | None = None,
+        residual: jax.Array | Twin | None = None,
     ) -> jax.Array | Twin:
-        """[B, T, D] to [B, T, D], of ``norm(x)`` where there is a norm."""
+        """[B, T, D] to [B, T, D], of ``norm(x)`` where there is a norm, added to a residual."""
         gate, up = apply_after(norm, [self.gate, self.up], x, context)
         prologue = None if isinstance(gate, Twin) else self._prologue(gate)
-        if prologue is None or not takes_prologue([self.down], up):
-            return self.down(on_both(self.combine, gate, up), context)
-        return apply_together([self.down], up, context, prologue)[0]
+        if prologue is None or not takes_prologue([self.down], up, context):
+            product = on_both(self.combine, gate, up)
+            return apply_after(None, [self.down], product, context, residual)[0]
+        return apply_together([self.down], up, context, prologue, residual)[0]
 
     def _prologue(self, gate: jax.Array) -> Prologue | None:
         """:meth:`combine` as what ``down`` does first; None where it isn't of that form."""
@@ -86,7 +91,7 @@ class FeedForward(nnx.Module):
         return Prologue(
             gate=gate,
             activation=self.activation,
-            gain=None if norm is None else norm.gain[...],
+            gain=None if norm is None else norm.gains,
             eps=0.0 if norm is None else norm.eps,
         )
 

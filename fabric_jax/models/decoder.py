@@ -31,7 +31,7 @@ from fabric_jax.layers.cross_entropy import LOGITS_TILE_BYTES, tiled_cross_entro
 from fabric_jax.layers.feed_forward import FeedForward
 from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.layers.lora import LoraConfig
-from fabric_jax.layers.norm import RMSNorm
+from fabric_jax.layers.norm import GainStack, RMSNorm
 from fabric_jax.layers.parameters import AdapterParam, BaseParam
 from fabric_jax.layers.residuals import INT8_RESIDUAL, Twin, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_table, table_rows, table_value
@@ -138,14 +138,30 @@ class Block(nnx.Module):
         context: LayerContext | None,
     ) -> jax.Array:
         """The residual stream after attention and feed-forward."""
-        change = self.attention.close(attended, context)
-        if self.attention_post_norm is not None:
-            change = on_both(self.attention_post_norm, change)
-        middle = on_both(jnp.add, h, change)
+        if self.attention_post_norm is None:
+            middle = self.attention.close(attended, context, residual=h)
+        else:
+            change = self.attention.close(attended, context)
+            middle = on_both(jnp.add, h, on_both(self.attention_post_norm, change))
+        if self.mlp_post_norm is None:
+            return joined(self.mlp(middle, context, self.mlp_norm, residual=middle))
         change = self.mlp(middle, context, self.mlp_norm)
-        if self.mlp_post_norm is not None:
-            change = on_both(self.mlp_post_norm, change)
-        return joined(on_both(jnp.add, middle, change))
+        return joined(on_both(jnp.add, middle, on_both(self.mlp_post_norm, change)))
+
+    def know_gains(self, stacks: dict[str, Any]) -> None:
+        """Tells norms of the gains of all layers: a step of decoding reads them where they lie.
+
+        Args:
+            stacks: the layers' parameters as they are declared, stacked.
+        """
+        for norm, gains in (
+            (self.attention_norm, stacks["attention_norm"]),
+            (self.attention.sub_norm, stacks["attention"].get("sub_norm")),
+            (self.mlp_norm, stacks["mlp_norm"]),
+            (self.mlp.sub_norm, stacks["mlp"].get("sub_norm")),
+        ):
+            if norm is not None and gains is not None:
+                norm.whole = GainStack(gains["gain"])
 
 
 def _norm(
@@ -283,6 +299,7 @@ class Decoder(nnx.Module):
         graphdef, *states = nnx.split(self.layers, AdapterParam, BaseParam)
         adapter, base = (nnx.to_pure_dict(state) for state in states)
         packed, base = _split_packed(base, self.frozen_linears)
+        stacked = base
 
         def body(
             carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, tuple[Any, ...]]
@@ -291,6 +308,8 @@ class Decoder(nnx.Module):
             index, trees = layer
             adapter, base = trees
             block: Block = nnx.merge(graphdef, adapter, _join(packed, base))
+            if cache is not None and tokens.shape[1] == 1:
+                block.know_gains(stacked)
             context = self._context(index, cache, dropout_key, adapter_ids, strength)
             return self._layer(block, h, context, positions, views, cache), None
 

@@ -84,7 +84,7 @@ def nothing(_: pytest.MonkeyPatch) -> None:
             a_launch_for_each_matrix,
         ),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_outputs_and_gradients(
     problem: Problem, change: Any, monkeypatch: pytest.MonkeyPatch

@@ -327,8 +327,9 @@ def test_prologue(gated: Any, normed: bool, dtype: str) -> None:
 
     found, expected = run("triton"), run("xla")
     step = np.max(np.abs(expected), axis=-1, keepdims=True) / 127
-    assert np.max(np.abs(found - expected) / step) < 1.1
-    assert np.mean(np.abs(found - expected) > 0.05 * step) < (0.02 if dtype == "float32" else 0.3)
+    most, often = (1.1, 0.02) if dtype == "float32" else (2.1, 0.3)
+    assert np.max(np.abs(found - expected) / step) < most
+    assert np.mean(np.abs(found - expected) > 0.05 * step) < often
 
 
 def test_gradient_through_a_prologue() -> None:

@@ -1,9 +1,9 @@
 """A Pallas-Triton kernel for a step of decoding: turns, stores and attends in one launch.
 
-A program has a key/value head of a row, and of long caches a stretch of the slots (Dao et al. 2023,
-"Flash-Decoding"); what the stretches give is put together afterwards. The new key and value are
-used from registers, by the first stretch alone, which also stores them: no program reads what
-another one writes.
+A program has a key/value head of a row with its queries, or one query, and of long caches a
+stretch of the slots (Dao et al. 2023, "Flash-Decoding"); what the stretches give is put together
+afterwards. The new key and value are used from registers, in the first stretch alone, and one
+program stores them: no program reads what another one writes.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +28,10 @@ Halves = tuple[jax.Array, jax.Array]
 
 STRETCH = 1024
 """Slots of a program at most."""
-TILE = 64
-"""Slots at a time."""
+TILE_ELEMENTS = 4096
+"""Of keys at a time, and of values."""
+FEW_HEADS = 132
+"""Key/value heads of a batch below which each query head has a program of its own."""
 LOG2_E = 1.4426950408889634
 FAR = -1e30
 _ROUNDER = 1.5 * 2**23
@@ -89,7 +91,7 @@ def cached_attention(
             mode=mode,
         ),
         out_shape=[*same, *parts],
-        grid=(kv_heads, batch, stretches),
+        grid=(kv_heads if batch * kv_heads >= FEW_HEADS else heads, batch, stretches),
         input_output_aliases={len(inputs) + i: i for i in range(len(stored))},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=mode == "interpret",
@@ -114,36 +116,37 @@ def _program(*refs: Ref, count: int, whole: bool, factor: float, mode: Mode) -> 
     q, k, v, cos, sin, layer, positions, first = refs[:8]
     stored, new = refs[8 : 8 + count], refs[8 + count : 8 + 2 * count]
     parts = refs[8 + 2 * count :]
-    head, row, stretch = (pl.program_id(i) for i in range(3))
+    own, row, stretch = (pl.program_id(i) for i in range(3))
+    (heads, width), slots = q.shape[2:], stored[0].shape[3]
+    # Query heads from the first one on, as many as a program has.
+    group = heads // pl.num_programs(0)
+    query, head = own * group, own * group // (heads // stored[0].shape[2])
     at, position, begin = (layer[0], row, head), positions[row, 0], first[row, 0]
-    heads, width, slots = q.shape[2], q.shape[3], stored[0].shape[3]
-    group = heads // stored[0].shape[2]
     token = (row, 0)
     turn = (_half(cos, token, 0, width), _half(sin, token, 0, width))
-    queries = [_turned(q, (*token, head * group + i), turn, width) for i in range(group)]
+    queries = [_turned(q, (*token, query + i), turn, width) for i in range(group)]
     key = _stored(_turned(k, (*token, head), turn, width), stored[0].dtype, mode)
     value = _stored(_halves(v, (*token, head), width), stored[0].dtype, mode)
 
     start = jnp.maximum(begin, stretch * STRETCH)
     stop = jnp.minimum(jnp.minimum(position, slots), (stretch + 1) * STRETCH)
     step = partial(_tile, stored, at, (start, stop), queries, width, factor)
-    sums = lax.fori_loop(
-        start // TILE, pl.cdiv(stop, TILE), step, [_nothing(width) for _ in queries]
-    )
+    tile, none = _tile_slots(width), [_nothing(width) for _ in queries]
+    sums = lax.fori_loop(start // tile, pl.cdiv(stop, tile), step, none)
     is_new = (stretch == 0) & (position < slots)
     sums = [
-        _add(one, jnp.where(is_new, _score(query, key[0], factor), FAR), value[0], is_new)
-        for one, query in zip(sums, queries, strict=True)
+        _add(one, jnp.where(is_new, _score(turned, key[0], factor), FAR), value[0], is_new)
+        for one, turned in zip(sums, queries, strict=True)
     ]
     for i, one in enumerate(sums):
-        place = (row, stretch, head * group + i)
+        place = (row, stretch, query + i)
         if whole:
             one = replace(one, values=_each(partial(_divided, one.weights), one.values))
         else:
             parts[1][place], parts[2][place] = one.largest, one.weights
         _write(parts[0], place, one.values, width)
 
-    @pl.when(is_new)
+    @pl.when(is_new & (query % (heads // stored[0].shape[2]) == 0))
     def _() -> None:
         for i, (_, codes, scale) in enumerate((key, value)):
             _write(new[i], (*at, position), codes, width)
@@ -162,7 +165,8 @@ def _tile(
     sums: list[_Sums],
 ) -> list[_Sums]:
     """The sums with a tile of slots added."""
-    slots = index * TILE + lax.iota(jnp.int32, TILE)
+    tile = _tile_slots(width)
+    slots = index * tile + lax.iota(jnp.int32, tile)
     seen = (slots >= bounds[0]) & (slots < bounds[1])
 
     def load(i: int) -> Halves:
@@ -220,6 +224,10 @@ def _each(call: Callable[..., jax.Array], *halves: Halves) -> Halves:
     return call(*(one[0] for one in halves)), call(*(one[1] for one in halves))
 
 
+def _tile_slots(width: int) -> int:
+    return max(16, TILE_ELEMENTS // (2 * _power(width // 2)))
+
+
 def _power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
@@ -243,8 +251,8 @@ def _halves(ref: Ref, place: Place, width: int) -> Halves:
 def _rows(
     ref: Ref, at: Place, slots: jax.Array, seen: jax.Array, half: int, width: int
 ) -> jax.Array:
-    """Float32 [TILE, a power of two] of the slots, zeros where they aren't seen and past hd/2."""
-    shape = (TILE, _power(width // 2))
+    """Float32 [tile, a power of two] of the slots, zeros where they aren't seen and past hd/2."""
+    shape = (slots.shape[0], _power(width // 2))
     channels = lax.broadcasted_iota(jnp.int32, shape, 1)
     rows = lax.broadcast_in_dim(slots, shape, (0,))
     mask = lax.broadcast_in_dim(seen, shape, (0,)) & (channels < width // 2)
