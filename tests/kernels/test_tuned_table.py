@@ -88,3 +88,27 @@ def test_tuned_needs_a_table() -> None:
 
 def test_names_of_files() -> None:
     assert table_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
+
+
+def test_a_launch_for_each_matrix_must_pay() -> None:
+    near = [
+        ["linear", "triton", "ternary2", 64, 256, 256, 10.0],
+        ["linear", "mosaic_gpu", "ternary2", 64, 256, 256, 9.0],
+        ["linear", "triton", "ternary2", 4096, 256, 256, 10.0],
+        ["linear", "mosaic_gpu", "ternary2", 4096, 256, 256, 7.0],
+    ]
+    table = parse_table(record(*near))
+    assert table.pick("linear", "ternary2", 64, 256, 256) == "triton"
+    assert table.pick("linear", "ternary2", 4096, 256, 256) == "mosaic_gpu"
+
+
+def test_the_shipped_tables() -> None:
+    """Their devices are found by name, and others of their kind by what they can compute."""
+    own = tuned_table._find("NVIDIA H200", "9.0", None)
+    assert own is not None
+    assert tuned_table._find("NVIDIA H100 80GB HBM3", "9.0", None) == own
+    assert tuned_table._find("NVIDIA A100-SXM4-40GB", "8.0", None) is None
+    assert own.pick("linear", "ternary2", 1, 2048, 2048) == "triton"
+    assert own.pick("linear", "ternary2", 8192, 3584, 2048) == "mosaic_gpu"
+    # The Mosaic kernel has no such layout: it can't have been measured.
+    assert own.pick("linear", "ternary1.6", 8192, 3584, 2048) in ("xla", "triton")
