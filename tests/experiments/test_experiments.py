@@ -22,9 +22,15 @@ from fabric_jax.sweeps.runner import SweepOptions, plan
 from fabric_jax.training.memory_account import predict
 
 ROOT = Path(__file__).resolve().parents[2]
+OWN = ("__init__", "ste_variants")
+"""Modules with a command of their own."""
 EXPERIMENTS = [
     *("vram", "finetune_throughput", "lossless", "biomed", "kernels", "decode_throughput"),
-    *(f"ablations.{path.stem}" for path in sorted((ROOT / "experiments/ablations").glob("*.py"))),
+    *(
+        f"ablations.{path.stem}"
+        for path in sorted((ROOT / "experiments/ablations").glob("*.py"))
+        if path.stem not in OWN
+    ),
 ]
 
 

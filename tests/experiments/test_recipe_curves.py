@@ -15,6 +15,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         return run(settings)
 
 
+@pytest.mark.slow
 def test_every_step_of_every_run_has_a_loss(curves: dict[str, list[float]]) -> None:
     assert set(curves) == {f"{recipe}{seed}" for recipe, seed in RUNS}
     assert {len(curve) for curve in curves.values()} == {4}

@@ -150,7 +150,7 @@ def test_greedy_equals_transformers(oracle, name, adapted):
             use_cache=not adapted,
         )
         assert list(result.tokens) == theirs[0, len(prompt) :].tolist()
-    assert len(np.unique([result.tokens for result in ours])) > 5
+    assert len(np.unique([result.tokens for result in ours])) > 2
     if name != "bitnet":
         return
     alone = generate(base, adapter, PROMPTS, replace(settings, batch_size=1))

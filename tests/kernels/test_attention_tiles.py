@@ -97,6 +97,7 @@ def both_ways(mask: np.ndarray, scale: float) -> tuple[Call, Call]:
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 def test_equals_float64_and_untiled(
     b: int,
     t: int,

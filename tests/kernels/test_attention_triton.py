@@ -200,7 +200,9 @@ def test_choice_by_the_device(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    device = SimpleNamespace(compute_capability=capability)
+    device = SimpleNamespace(
+        platform=backend, device_kind="imagined", compute_capability=capability
+    )
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert api.attention_implementation(None, queries=queries) == expected

@@ -69,6 +69,7 @@ def test_bytes_equal_a_digit_by_digit_derivation(codes: np.ndarray) -> None:
 
 @given(CODES, st.integers(1, 40))
 @settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 def test_repacking_is_packing_and_goes_back(codes: np.ndarray, block_codes: int) -> None:
     """In blocks of any size, a last one that overlaps included."""
     k = codes.shape[-1]

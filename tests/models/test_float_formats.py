@@ -71,6 +71,7 @@ def logits_and_gradient(definition: DecoderDefinition, base: Tree, adapter: Tree
 
 @FORMATS
 @CONFIGS
+@pytest.mark.slow
 def test_logits_and_gradients_are_those_of_the_values(name: str, form: FloatFormat) -> None:
     config = tiny.CONFIGS[name]
     definition = define(config, form, remat="linears")
@@ -136,6 +137,7 @@ def test_stored_floats_are_rounded_as_they_are_read(
 
 @pytest.mark.parametrize("form", ["bfloat16", "float16", "int8", "int4"])
 @pytest.mark.parametrize("remat", ["none", "linears", "layer"])
+@pytest.mark.slow
 def test_no_stack_is_made_in_a_step(form: FloatFormat, remat: Remat) -> None:
     """A further layer costs less than half of its matrices in int4."""
     temporaries: list[int] = []

@@ -104,6 +104,7 @@ def loss_of(definition: DecoderDefinition) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_the_loss_is_the_same_and_gradients_nearly(case: str) -> None:
     config, options = CASES[case]
     found: dict[str, tuple[jax.Array, Any]] = {}
@@ -182,6 +183,7 @@ IMPLEMENTATIONS = [
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.slow
 def test_a_further_layer_costs_a_third_of_what_floats_cost(implementation: str) -> None:
     rounded, kept = (growth(remat, implementation) for remat in ("int8-residuals", "linears"))
     assert 0 < rounded < 0.4 * kept

@@ -110,6 +110,7 @@ def test_logits_loss_and_gradients(implementation: Implementation, act_quant: st
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.slow
 def test_training_steps(implementation: Implementation) -> None:
     if implementation == "cpu":
         need_cpu_kernels()

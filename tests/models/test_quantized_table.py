@@ -65,6 +65,7 @@ def loss_and_gradient(definition: DecoderDefinition, base: Tree, adapter: Tree) 
 
 @DTYPES
 @CONFIGS
+@pytest.mark.slow
 def test_loss_and_gradients_are_those_of_the_values(config: ModelConfig, dtype: str) -> None:
     definition = define(config, dtype, act_quant="none")
     base = initialize_base(definition, 0)

@@ -255,6 +255,7 @@ def base(micro_definition: DecoderDefinition) -> Tree:
     return initialize_base(micro_definition, 0)
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_as_with_float32(micro_definition: DecoderDefinition, base: Tree) -> None:
     """At three times this rate two float32 runs that start from other adapters, and hence these
     two, are 1% apart for a while: rounded activations make the paths chaotic."""
@@ -306,6 +307,7 @@ def test_a_checkpoint_brings_the_state_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_moments_it_has(
     tmp_path: Path, configure: Any, quiet: Any
 ) -> None:

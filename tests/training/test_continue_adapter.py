@@ -30,6 +30,7 @@ def first(tmp_path_factory, configure, compiled_once):
 
 
 @pytest.mark.parametrize("name", ["adapter", "adapter.gguf"])
+@pytest.mark.slow
 def test_it_starts_at_the_loss_that_the_adapter_ended_with(
     name, first, tmp_path, configure, compiled_once
 ):

@@ -18,6 +18,7 @@ from tests.training.runs import metrics
 pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.xdist_group("training")]
 
 
+@pytest.mark.slow
 def test_losses_stay_near_those_of_floats(configure: Configure, tmp_path: Path) -> None:
     config = replace(QWEN3, vocab_size=MICRO.vocab_size)
     definition = define_decoder(config, DecoderOptions(mode="float"))
@@ -34,6 +35,7 @@ def test_losses_stay_near_those_of_floats(configure: Configure, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8", "int4"])
+@pytest.mark.slow
 def test_the_account_knows_the_format(weights: str) -> None:
     config = MemoryConfig(
         model="qwen3-0.6b", weights=weights, remat="layer", lora=LoraConfig(rank=4)

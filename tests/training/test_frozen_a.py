@@ -135,6 +135,7 @@ def test_norm_and_clipping_are_over_b_alone() -> None:
     assert gradient_norm(state) == pytest.approx(0.01, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_fused_step_trains_alike() -> None:
     definition = define(dropout=0.2)
     (after, losses), (within, fused) = (run(definition, fused=fused) for fused in (False, True))
@@ -149,6 +150,7 @@ def test_the_fused_step_trains_alike() -> None:
 @pytest.mark.parametrize(
     ("remat", "fused"), [("layer", False), ("layer", True), ("linears", False), ("none", False)]
 )
+@pytest.mark.slow
 def test_a_compiled_step_needs_no_more_scratch(
     remat: Literal["layer", "linears", "none"],
     fused: bool,
@@ -172,6 +174,7 @@ def test_a_compiled_step_needs_no_more_scratch(
     assert scratch[True] < scratch[False]
 
 
+@pytest.mark.slow
 def test_predicted_memory_counts_b_alone() -> None:
     definition = define()
     state, _ = run(definition, steps=1)
@@ -191,6 +194,7 @@ def test_predicted_memory_counts_b_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(
     dtype: Literal["float32", "bfloat16"], configure: Configure, tmp_path: Path, quiet: Console
 ) -> None:

@@ -77,6 +77,7 @@ def run(
         ("gemma-3-1b", {}, "float32"),
     ],
 )
+@pytest.mark.slow
 def test_both_steps_train_alike(
     name: str, lora: dict[str, Any], moments: Literal["float32", "int8"]
 ) -> None:

@@ -31,8 +31,10 @@ def configure(output: Path, rows: Path, steps: int) -> PretrainConfig:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, 20])
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)],
+)
 def test_a_run_that_was_killed_ends_in_the_same_weights(
     kills: int, text_rows: Path, tmp_path: Path, programs: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_what_is_kept_grows_with_the_layers_and_the_rows():
     assert kept == sorted(kept)
 
 
+@pytest.mark.slow
 def test_the_sizes_that_fit_are_the_smallest_ones():
     base = replace(SMALL, model="", fits=1.0)
     names = [name for name, _ in largest_that_fits(base)]

@@ -79,6 +79,7 @@ def logits(definition: DecoderDefinition, base: Tree) -> np.ndarray:
     return np.asarray(decoder.logits(decoder(tokens, row, jnp.ones_like(tokens))))
 
 
+@pytest.mark.slow
 def test_a_run_reports_bits_per_byte_and_writes_samples(
     scratch: tuple[PretrainConfig, Summary],
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_run_reports_bits_per_byte_and_writes_samples(
     assert [json.loads(line)["step"] for line in samples] == [3, 6]
 
 
+@pytest.mark.slow
 def test_a_stream_that_crashed_twice_ends_in_the_same_weights(
     scratch: tuple[PretrainConfig, Summary],
     text_rows: Path,
@@ -167,6 +169,7 @@ def test_going_on_from_a_packed_model_leaves_its_forward_unchanged(
 
 
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+@pytest.mark.slow
 def test_a_dense_checkpoint_is_converted_gradually(
     qk_norm: bool, text_rows: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.xdist_group(
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [("int8", 0.01), ("int4", 0.05)])
+@pytest.mark.slow
 def test_loss_stays_near_that_of_floats(
     configure: Configure, tmp_path: Path, dtype: str, noise: float
 ) -> None:

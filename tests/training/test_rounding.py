@@ -152,6 +152,7 @@ def run(dtype: str, *, fused: bool, freeze_a: bool = False) -> TrainState:
 
 
 @pytest.mark.parametrize("freeze_a", [False, True])
+@pytest.mark.slow
 def test_the_fused_step_rounds_as_the_plain_one_does(freeze_a: bool) -> None:
     plain, fused = (run("bfloat16", fused=fused, freeze_a=freeze_a) for fused in (False, True))
     pairs = zip(jax.tree.leaves(plain.params), jax.tree.leaves(fused.params), strict=True)

@@ -42,6 +42,7 @@ def _linears(layers: int, hidden: int, query: int, key: int, ffn: int) -> ModelL
 # Layers, hidden size, outputs of query and of key, width of the feed-forward.
 MODELS: dict[str, ModelLinears] = {
     "bitnet-tiny": _linears(4, 192, 192, 192, 512),
+    "bitnet-30m": _linears(8, 512, 512, 512, 1536),
     "bitnet-125m": _linears(11, 768, 768, 768, 3072),
     "bitnet-350m": _linears(24, 1024, 1024, 1024, 3072),
     "bitnet-1b": _linears(24, 2048, 2048, 2048, 3584),

@@ -91,7 +91,7 @@ void CheckShape(const TableKernels& kernels, Random& random, TableType type, boo
   const int64_t in = transposed ? n : k, out = transposed ? k : n;
   const std::vector<float> x = random.Floats(m * in);
   std::vector<float> y(size_t(m * out), kUnwritten);
-  const TableJob job{type, table.bytes.data(), n, k, m, x.data(), y.data()};
+  const TableJob job{type, table.bytes.data(), nullptr, n, k, m, x.data(), y.data()};
   transposed ? Transposed(kernels, job) : Forward(kernels, job);
   for (int64_t row = 0; row < m; ++row) {
     for (int64_t column = 0; column < out; ++column) {
