@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
@@ -28,6 +28,10 @@ from fabric_jax.layers.lora import Lora, LoraConfig
 from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, declare_base
 from fabric_jax.layers.residuals import Twin, as_codes, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_blocks, table_bits
+from fabric_jax.parallel.axes import Cut, cut_of
+from fabric_jax.parallel.linears import Plan, partitioned_linears
+from fabric_jax.parallel.masters import quantize_parts
+from fabric_jax.parallel.mesh import MeshShape
 from fabric_jax.quantization.absmax import ActQuant
 from fabric_jax.quantization.packed_linear import packed_linears
 from fabric_jax.quantization.straight_through import fake_quantize_activation, quantize_weight
@@ -59,6 +63,7 @@ class LinearOptions:
         gradient_bits: of the backward product through packed weights on CPU.
         packing: layout of packed weights.
         float_format: how weights in the mode ``float`` are stored.
+        mesh: what ternary weights are cut along; arrays are then parts, within ``shard_map``.
     """
 
     mode: BaseMode
@@ -70,6 +75,7 @@ class LinearOptions:
     gradient_bits: GradientBits = 16
     packing: Packing = "ternary2"
     float_format: FloatFormat = "same"
+    mesh: MeshShape = field(default_factory=MeshShape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +134,13 @@ class BitLinear(nnx.Module):
                 else:
                     self.codes, self.scales = declare_blocks(n, k, bits, INIT_STD, stack=stack)
         covered = options.lora.covers(name)
-        self.lora = Lora(n, k, options.lora.of(name), stack=stack) if covered else None
+        self.lora = (
+            Lora(n, k, options.lora.of(name), stack=stack, mesh=options.mesh) if covered else None
+        )
+        self.cut = Cut()
+        if options.mode != "float":
+            width = packed_width(k, options.packing) if options.mode == "packed" else k
+            self.cut = cut_of(name, n, width, options.mesh)
         self.k = k
         self.options = options
         self.stream = zlib.crc32(name.encode())
@@ -160,6 +172,8 @@ class BitLinear(nnx.Module):
         if options.mode == "float":
             return linear(x, self.weight[...])
         values = fake_quantize_activation(x, options.act_quant)
+        if self.cut != Cut():
+            return linear(values, quantize_parts(self.cut, self.weight[...]))
         return linear(values, quantize_weight(self.weight[...]))
 
     def product(self, context: LayerContext | None) -> LowRank | None:
@@ -187,7 +201,22 @@ def apply_together(
     """The outputs of linears that share their input: it is quantised once."""
     options = linears[0].options
     products = [one.product(context) for one in linears]
-    if options.mode == "packed":
+    cuts = tuple(one.cut for one in linears)
+    if options.mode == "packed" and any(cut != Cut() for cut in cuts):
+        outputs = partitioned_linears(
+            Plan(
+                cuts=cuts,
+                tensor=options.mesh.tensor,
+                act_quant=options.act_quant,
+                implementation=options.implementation,
+                gradient_bits=options.gradient_bits,
+            ),
+            exact_form(x),
+            [one.packed(context) for one in linears],
+            products,
+            kept=x.kept if isinstance(x, Twin) else None,
+        )
+    elif options.mode == "packed":
         outputs = packed_linears(
             exact_form(x),
             [one.packed(context) for one in linears],

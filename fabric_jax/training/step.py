@@ -3,24 +3,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32
 
 from fabric_jax.data.batch import Batch
+from fabric_jax.errors import FabricError
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
+from fabric_jax.parallel.placement import shape_of
 from fabric_jax.training.fused_step import fused_update
+from fabric_jax.training.on_mesh import GradientSum, constrain_state, over_devices
+from fabric_jax.training.on_mesh import Trains as Trains
 from fabric_jax.training.optimizer import to_float32
 from fabric_jax.training.partition import freezes_a, join, split
 from fabric_jax.training.rounding import apply_updates
-
-Trains = Literal["adapter", "base"]
-"""Which tree is optimised: LoRA fine-tuning or training from scratch. The other one is frozen."""
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +86,8 @@ def make_train_step(
     *,
     trains: Trains = "adapter",
     fused: bool = False,
+    mesh: Mesh | None = None,
+    spread: bool = False,
 ) -> TrainStep:
     """The compiled step ``(state, frozen, batch, root_key) -> (state, metrics)``.
 
@@ -97,11 +101,57 @@ def make_train_step(
 
     ``fused`` updates each layer's adapter within the backward pass (``fused_step.py``): one
     micro-batch, no clipping by the global norm, and the pass recomputes all but layers' inputs.
+
+    With a ``mesh`` of several devices losses and gradients are computed within one ``shard_map``,
+    where each device has its rows and its parts of the base, and summed over the devices once a
+    step; arguments lie where ``training.on_mesh`` puts them. The update is XLA's to partition, and
+    ``spread`` cuts an adapter and its moments along the devices that have other rows.
+
+    Raises:
+        FabricError: a fused update on a mesh.
     """
     if fused:
+        if mesh is not None and mesh.size > 1:
+            raise FabricError(
+                "a fused update runs on one device",
+                found=f"a mesh of {mesh.size}",
+                fix="Leave out --fused-update, or --mesh",
+            )
         return _fused_step(definition, optimizer)
 
     freeze_a = freezes_a(definition, trains)
+    summed = _gradient_sum(definition, trains, mesh)
+
+    @partial(jax.jit, donate_argnums=(0,))
+    def step(
+        state: TrainState, frozen: Tree, batch: Batch, root_key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(root_key, state.step)
+        trained, kept = split(state.params, freeze_a=freeze_a)
+        total, grads = summed((trained, kept), frozen, batch, key)
+        tokens = jnp.sum(batch.loss_mask)
+        share = 1.0 / jnp.maximum(tokens, 1.0)
+        grads = jax.tree.map(lambda g: g * share, grads)
+        updates, moments = optimizer.update(grads, state.moments, trained)
+        params = join(apply_updates(trained, cast(Tree, updates), key), kept)
+        metrics = StepMetrics(
+            loss=total * share,
+            trainable_tokens=tokens,
+            real_tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
+            grad_norm=optax.tree.norm(grads),
+        )
+        done = TrainState(params=params, moments=moments, step=state.step + 1)
+        if mesh is not None:
+            done = constrain_state(done, definition, mesh, trains, spread=spread)
+        return done, metrics
+
+    return step
+
+
+def _gradient_sum(definition: DecoderDefinition, trains: Trains, mesh: Mesh | None) -> GradientSum:
+    """The sums of losses and gradients of all micro-batches, over all devices of a mesh."""
+    if mesh is not None:
+        definition = definition.on_mesh(shape_of(mesh))
 
     def loss_sum(own: Tree, kept: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
         params = join(own, kept)
@@ -116,29 +166,14 @@ def make_train_step(
         loss, grads = jax.value_and_grad(loss_sum)(*parts, frozen, batch, key)
         return loss, to_float32(grads)
 
-    @partial(jax.jit, donate_argnums=(0,))
-    def step(
-        state: TrainState, frozen: Tree, batch: Batch, root_key: jax.Array
-    ) -> tuple[TrainState, StepMetrics]:
-        key = jax.random.fold_in(root_key, state.step)
-        trained, kept = split(state.params, freeze_a=freeze_a)
-        total, grads = _sum_micro_batches(
-            lambda micro, k: gradient((trained, kept), frozen, micro, k), batch, key
-        )
-        tokens = jnp.sum(batch.loss_mask)
-        share = 1.0 / jnp.maximum(tokens, 1.0)
-        grads = jax.tree.map(lambda g: g * share, grads)
-        updates, moments = optimizer.update(grads, state.moments, trained)
-        params = join(apply_updates(trained, cast(Tree, updates), key), kept)
-        metrics = StepMetrics(
-            loss=total * share,
-            trainable_tokens=tokens,
-            real_tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
-            grad_norm=optax.tree.norm(grads),
-        )
-        return TrainState(params=params, moments=moments, step=state.step + 1), metrics
+    def summed(
+        parts: tuple[Tree, Tree], frozen: Tree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Tree]:
+        return _sum_micro_batches(lambda micro, k: gradient(parts, frozen, micro, k), batch, key)
 
-    return step
+    if mesh is None or mesh.size == 1:
+        return summed
+    return over_devices(summed, definition, mesh, trains)
 
 
 def _fused_step(

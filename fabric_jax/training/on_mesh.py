@@ -1,0 +1,165 @@
+"""A step's state, weights and batches on the devices of a mesh."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fabric_jax.data.batch import Batch
+from fabric_jax.models.decoder import DecoderDefinition
+from fabric_jax.models.initialize import Tree
+from fabric_jax.parallel.mesh import DATA, FSDP
+from fabric_jax.parallel.placement import (
+    MICRO_BATCHES,
+    WHOLE,
+    base_specs,
+    shape_of,
+    shardings,
+    spread_specs,
+)
+
+Trains = Literal["adapter", "base"]
+"""Which tree is optimised: LoRA fine-tuning or training from scratch. The other one is frozen."""
+
+GradientSum = Callable[[tuple[Tree, Tree], Tree, Batch, jax.Array], tuple[jax.Array, Tree]]
+"""``((trained, kept), frozen, batch, key) -> (sum of losses, sum of gradients)``."""
+
+
+def over_devices(
+    function: GradientSum, definition: DecoderDefinition, mesh: Mesh, trains: Trains
+) -> GradientSum:
+    """``function`` on every device's rows and parts of the base, its results summed over rows.
+
+    Args:
+        function: of a decoder that is cut along the mesh.
+        definition: of any decoder of these trees.
+        mesh: of several devices.
+        trains: which tree gradients are of.
+    """
+    shape = shape_of(mesh)
+
+    def call(
+        parts: tuple[Tree, Tree], frozen: Tree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Tree]:
+        ternary = definition.options.mode != "float"
+        specs = base_specs(parts[0] if trains == "base" else frozen, shape, ternary=ternary)
+        of_trained, of_frozen = (WHOLE, specs) if trains == "adapter" else (specs, WHOLE)
+
+        def summed(
+            parts: tuple[Tree, Tree], frozen: Tree, batch: Batch, key: jax.Array
+        ) -> tuple[jax.Array, Tree]:
+            loss, grads = function(parts, frozen, batch, key)
+            loss = lax.psum(loss, (DATA, FSDP))
+            if trains == "adapter":
+                return loss, lax.psum(grads, (DATA, FSDP))
+            return loss, jax.tree.map(_sum_of_part, grads, specs)
+
+        # Gradient rules of kernels don't say over which axes a result varies.
+        mapped = jax.shard_map(
+            summed,
+            mesh=mesh,
+            in_specs=((of_trained, WHOLE), of_frozen, MICRO_BATCHES, WHOLE),
+            out_specs=(WHOLE, of_trained),
+            check_vma=False,
+        )
+        return mapped(parts, frozen, batch, key)
+
+    return call
+
+
+def _sum_of_part(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The sum over devices with other rows; what is cut along ``fsdp`` has that one's already."""
+    return lax.psum(gradient, DATA if FSDP in spec else (DATA, FSDP))
+
+
+def state_specs(
+    state: Any, definition: DecoderDefinition, mesh: Mesh, trains: Trains, *, spread: bool
+) -> Any:
+    """A spec for each leaf of a ``TrainState``.
+
+    Args:
+        state: arrays or shapes.
+        definition: of the decoder.
+        mesh: where the state lies.
+        trains: what it is of. A base and its moments are cut as the base is.
+        spread: whether an adapter and its moments are cut along all devices that have other rows,
+            instead of being whole on each.
+    """
+    shape = shape_of(mesh)
+    if trains == "base":
+        return base_specs(state, shape, ternary=definition.options.mode != "float")
+    return spread_specs(state, shape) if spread else jax.tree.map(lambda _: WHOLE, state)
+
+
+def constrain_state(
+    state: Any, definition: DecoderDefinition, mesh: Mesh, trains: Trains, *, spread: bool
+) -> Any:
+    """The state, which the compiler is told to leave where :func:`place_state` puts it."""
+    specs = state_specs(state, definition, mesh, trains, spread=spread)
+    return lax.with_sharding_constraint(state, shardings(mesh, specs))
+
+
+def place_state(
+    state: Any, definition: DecoderDefinition, mesh: Mesh, trains: Trains, *, spread: bool
+) -> Any:
+    """A ``TrainState`` that every process has whole, on the devices of a mesh."""
+    specs = state_specs(state, definition, mesh, trains, spread=spread)
+    return place(state, shardings(mesh, specs))
+
+
+def place_base(base: Tree, definition: DecoderDefinition, mesh: Mesh) -> Tree:
+    """A base that every process has whole, cut along a mesh; what is passed is not kept."""
+    ternary = definition.options.mode != "float"
+    return place(base, shardings(mesh, base_specs(base, shape_of(mesh), ternary=ternary)))
+
+
+def place_rows(batch: Batch, rows: int, mesh: Mesh, spec: PartitionSpec = MICRO_BATCHES) -> Batch:
+    """This process's rows of a batch as global arrays.
+
+    Args:
+        batch: the rows that ``own_rows`` says.
+        rows: B of the whole batch.
+        mesh: where they go.
+        spec: how the axes are cut.
+    """
+    sharding = NamedSharding(mesh, spec)
+    axis = len(spec) - 1
+
+    def one(part: Any) -> jax.Array:
+        local = np.asarray(part)
+        shape = (*local.shape[:axis], rows, *local.shape[axis + 1 :])
+        return jax.make_array_from_process_local_data(sharding, local, shape)
+
+    return jax.tree.map(one, batch)
+
+
+def own_rows(rows: int, mesh: Mesh) -> tuple[int, int]:
+    """First and last + 1 of the rows of a micro-batch that this process's devices compute."""
+    sharding = NamedSharding(mesh, PartitionSpec(*MICRO_BATCHES[1:]))
+    slices = sharding.addressable_devices_indices_map((rows,)).values()
+    bounds = [part[0].indices(rows) for part in slices if part is not None]
+    return min(bound[0] for bound in bounds), max(bound[1] for bound in bounds)
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Arrays that every process has whole, leaf by leaf on their shardings."""
+
+    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(one, tree, where)
+
+
+def abstract(tree: Any, where: Any) -> Any:
+    """Shapes with their shardings, for compiling before arrays exist."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        where,
+    )
