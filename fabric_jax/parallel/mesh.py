@@ -67,17 +67,18 @@ class MeshShape:
             )
 
 
-def parse_mesh(text: str, devices: int) -> MeshShape:
+def parse_mesh(text: str, devices: int | None) -> MeshShape:
     """The mesh that ``data=4,fsdp=2,tensor=2`` names; all devices along ``data`` for no text.
 
-    An axis that is left out has one device.
+    An axis that is left out has one device. ``devices`` are those that there are; None for a mesh
+    that is only thought of.
 
     Raises:
         FabricError: an axis is unknown, named twice or without a number, or the product is not
             ``devices``.
     """
     if not text:
-        return MeshShape(data=devices)
+        return MeshShape(data=devices or 1)
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, number = (word.strip() for word in part.partition("="))
@@ -93,7 +94,7 @@ def parse_mesh(text: str, devices: int) -> MeshShape:
             )
         sizes[name] = int(number)
     shape = MeshShape(**sizes)
-    if shape.devices != devices:
+    if devices is not None and shape.devices != devices:
         raise FabricError(
             f"the mesh {text!r} has {shape.devices} devices",
             expected=f"a product of {devices}, the number of devices there are",
@@ -103,6 +104,7 @@ def parse_mesh(text: str, devices: int) -> MeshShape:
 
 
 def make_mesh(shape: MeshShape) -> Mesh:
-    """The devices of all processes, in an order that suits their links."""
+    """The first devices of all processes, in an order that suits their links."""
     sizes = tuple(shape.size(name) for name in AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = jax.devices()[: shape.devices]
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -110,10 +111,16 @@ def place_state(
     return place(state, shardings(mesh, specs))
 
 
-def place_base(base: Tree, definition: DecoderDefinition, mesh: Mesh) -> Tree:
-    """A base that every process has whole, cut along a mesh; what is passed is not kept."""
+def base_shardings(definition: DecoderDefinition, mesh: Mesh) -> Tree:
+    """Where each leaf of a base lies on a mesh."""
+    base: Tree = nnx.to_pure_dict(definition.base)
     ternary = definition.options.mode != "float"
-    return place(base, shardings(mesh, base_specs(base, shape_of(mesh), ternary=ternary)))
+    return shardings(mesh, base_specs(base, shape_of(mesh), ternary=ternary))
+
+
+def place_base(base: Tree, definition: DecoderDefinition, mesh: Mesh) -> Tree:
+    """A base that every process has whole, cut along a mesh."""
+    return place(base, base_shardings(definition, mesh))
 
 
 def place_rows(batch: Batch, rows: int, mesh: Mesh, spec: PartitionSpec = MICRO_BATCHES) -> Batch:
@@ -156,8 +163,26 @@ def place(tree: Any, where: Any) -> Any:
     return jax.tree.map(one, tree, where)
 
 
-def abstract(tree: Any, where: Any) -> Any:
-    """Shapes with their shardings, for compiling before arrays exist."""
+def abstract_state(
+    state: Any, definition: DecoderDefinition, mesh: Mesh, trains: Trains, *, spread: bool
+) -> Any:
+    """The shapes of a state with their shardings, for compiling before there are arrays."""
+    specs = state_specs(state, definition, mesh, trains, spread=spread)
+    return _abstract(state, shardings(mesh, specs))
+
+
+def abstract_base(definition: DecoderDefinition, mesh: Mesh) -> Tree:
+    """The same of a base."""
+    return _abstract(nnx.to_pure_dict(definition.base), base_shardings(definition, mesh))
+
+
+def abstract_rows(batch: Batch, mesh: Mesh) -> Batch:
+    """The same of the micro-batches of a step, whose shapes are those of all rows."""
+    sharding = NamedSharding(mesh, MICRO_BATCHES)
+    return _abstract(batch, jax.tree.map(lambda _: sharding, batch))
+
+
+def _abstract(tree: Any, where: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
