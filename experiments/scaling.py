@@ -29,18 +29,13 @@ from fabric_jax.measurement.device import device_facts
 from fabric_jax.measurement.memory import allocator_stats
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
 from fabric_jax.models.initialize import initialize_adapter, initialize_base
+from fabric_jax.models.on_mesh import abstract_base, base_shardings
 from fabric_jax.models.registry import get_config
 from fabric_jax.parallel.mesh import MeshShape, make_mesh, parse_mesh
+from fabric_jax.parallel.placement import place_rows
 from fabric_jax.training.config import OptimizerConfig
 from fabric_jax.training.memory_account import analytic_bytes, predict
-from fabric_jax.training.on_mesh import (
-    abstract_base,
-    abstract_rows,
-    abstract_state,
-    base_shardings,
-    place_rows,
-    place_state,
-)
+from fabric_jax.training.on_mesh import abstract_rows, abstract_state, place_state
 from fabric_jax.training.optimizer import make_optimizer
 from fabric_jax.training.step import TrainState, init_state, make_train_step
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fabric_jax.parallel.axes import LINEARS, RULES, cut_of
@@ -102,6 +103,55 @@ def uncut_linears(tree: Any, mesh: MeshShape) -> list[str]:
             if kept is None and mesh.size(along) > 1:
                 found.append(f"{name}: {size} along its {axis} is not cut by {along}")
     return found
+
+
+def place_rows(batch: Any, rows: int, mesh: Mesh, spec: PartitionSpec = MICRO_BATCHES) -> Any:
+    """This process's rows of a batch as global arrays.
+
+    Args:
+        batch: the rows that ``own_rows`` says.
+        rows: B of the whole batch.
+        mesh: where they go.
+        spec: how the axes are cut.
+    """
+    sharding = NamedSharding(mesh, spec)
+    axis = len(spec) - 1
+
+    def one(part: Any) -> jax.Array:
+        local = np.asarray(part)
+        shape = (*local.shape[:axis], rows, *local.shape[axis + 1 :])
+        return jax.make_array_from_process_local_data(sharding, local, shape)
+
+    return jax.tree.map(one, batch)
+
+
+def own_rows(rows: int, mesh: Mesh) -> tuple[int, int]:
+    """First and last + 1 of the rows of a micro-batch that this process's devices compute."""
+    sharding = NamedSharding(mesh, PartitionSpec(*MICRO_BATCHES[1:]))
+    slices = sharding.addressable_devices_indices_map((rows,)).values()
+    bounds = [part[0].indices(rows) for part in slices if part is not None]
+    return min(bound[0] for bound in bounds), max(bound[1] for bound in bounds)
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Arrays that every process has whole, leaf by leaf on their shardings."""
+
+    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(one, tree, where)
+
+
+def abstract(tree: Any, where: Any) -> Any:
+    """Shapes with their shardings, for compiling before there are arrays."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        where,
+    )
 
 
 def _key(part: Any) -> str:

@@ -17,6 +17,7 @@ from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderOptions, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_adapter, initialize_base
 from fabric_jax.models.registry import get_config
+from fabric_jax.parallel.processes import join_processes
 from fabric_jax.training.command import command_line
 from fabric_jax.training.config import FinetuneConfig, PretrainConfig, RunConfig
 from fabric_jax.training.identity import weights_digest
@@ -40,6 +41,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Summa
         FabricError: something in the configuration, model, data or output folder is wrong.
         Interrupted: Ctrl-C or SIGTERM; the state was saved, the message says how to resume.
     """
+    join_processes(config.devices)
 
     def prepare() -> Job:
         form = weights_form(config.weights)
@@ -100,6 +102,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Summa
         FabricError: something in the configuration, data or output folder is wrong.
         Interrupted: Ctrl-C or SIGTERM; the state was saved.
     """
+    join_processes(config.devices)
 
     def prepare() -> Job:
         model = get_config(config.model)

@@ -33,23 +33,18 @@ from fabric_jax.measurement.step_scratch import StepScratch, predict_scratch
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, Remat, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_adapter, initialize_base
+from fabric_jax.models.on_mesh import abstract_base, base_shardings
 from fabric_jax.models.registry import REGISTRY
 from fabric_jax.parallel.mesh import MeshShape, make_mesh, parse_mesh
 from fabric_jax.parallel.placement import (
     base_specs,
     bytes_on_device,
+    place_rows,
     spread_specs,
     uncut_linears,
 )
 from fabric_jax.training.config import OptimizerConfig, check_fused
-from fabric_jax.training.on_mesh import (
-    abstract_base,
-    abstract_rows,
-    abstract_state,
-    base_shardings,
-    place_rows,
-    place_state,
-)
+from fabric_jax.training.on_mesh import abstract_rows, abstract_state, place_state
 from fabric_jax.training.optimizer import make_optimizer
 from fabric_jax.training.step import TrainState, init_state, make_train_step
 

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import numpy as np
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -16,7 +14,9 @@ from fabric_jax.parallel.mesh import DATA, FSDP
 from fabric_jax.parallel.placement import (
     MICRO_BATCHES,
     WHOLE,
+    abstract,
     base_specs,
+    place,
     shape_of,
     shardings,
     spread_specs,
@@ -111,80 +111,15 @@ def place_state(
     return place(state, shardings(mesh, specs))
 
 
-def base_shardings(definition: DecoderDefinition, mesh: Mesh) -> Tree:
-    """Where each leaf of a base lies on a mesh."""
-    base: Tree = nnx.to_pure_dict(definition.base)
-    ternary = definition.options.mode != "float"
-    return shardings(mesh, base_specs(base, shape_of(mesh), ternary=ternary))
-
-
-def place_base(base: Tree, definition: DecoderDefinition, mesh: Mesh) -> Tree:
-    """A base that every process has whole, cut along a mesh."""
-    return place(base, base_shardings(definition, mesh))
-
-
-def place_rows(batch: Batch, rows: int, mesh: Mesh, spec: PartitionSpec = MICRO_BATCHES) -> Batch:
-    """This process's rows of a batch as global arrays.
-
-    Args:
-        batch: the rows that ``own_rows`` says.
-        rows: B of the whole batch.
-        mesh: where they go.
-        spec: how the axes are cut.
-    """
-    sharding = NamedSharding(mesh, spec)
-    axis = len(spec) - 1
-
-    def one(part: Any) -> jax.Array:
-        local = np.asarray(part)
-        shape = (*local.shape[:axis], rows, *local.shape[axis + 1 :])
-        return jax.make_array_from_process_local_data(sharding, local, shape)
-
-    return jax.tree.map(one, batch)
-
-
-def own_rows(rows: int, mesh: Mesh) -> tuple[int, int]:
-    """First and last + 1 of the rows of a micro-batch that this process's devices compute."""
-    sharding = NamedSharding(mesh, PartitionSpec(*MICRO_BATCHES[1:]))
-    slices = sharding.addressable_devices_indices_map((rows,)).values()
-    bounds = [part[0].indices(rows) for part in slices if part is not None]
-    return min(bound[0] for bound in bounds), max(bound[1] for bound in bounds)
-
-
-def place(tree: Any, where: Any) -> Any:
-    """Arrays that every process has whole, leaf by leaf on their shardings."""
-
-    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if jax.process_count() == 1:
-            return jax.device_put(leaf, sharding)
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-    return jax.tree.map(one, tree, where)
-
-
 def abstract_state(
     state: Any, definition: DecoderDefinition, mesh: Mesh, trains: Trains, *, spread: bool
 ) -> Any:
     """The shapes of a state with their shardings, for compiling before there are arrays."""
     specs = state_specs(state, definition, mesh, trains, spread=spread)
-    return _abstract(state, shardings(mesh, specs))
-
-
-def abstract_base(definition: DecoderDefinition, mesh: Mesh) -> Tree:
-    """The same of a base."""
-    return _abstract(nnx.to_pure_dict(definition.base), base_shardings(definition, mesh))
+    return abstract(state, shardings(mesh, specs))
 
 
 def abstract_rows(batch: Batch, mesh: Mesh) -> Batch:
     """The same of the micro-batches of a step, whose shapes are those of all rows."""
     sharding = NamedSharding(mesh, MICRO_BATCHES)
-    return _abstract(batch, jax.tree.map(lambda _: sharding, batch))
-
-
-def _abstract(tree: Any, where: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        where,
-    )
+    return abstract(batch, jax.tree.map(lambda _: sharding, batch))

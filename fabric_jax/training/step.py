@@ -88,6 +88,7 @@ def make_train_step(
     fused: bool = False,
     mesh: Mesh | None = None,
     spread: bool = False,
+    skip_nonfinite: bool = False,
 ) -> TrainStep:
     """The compiled step ``(state, frozen, batch, root_key) -> (state, metrics)``.
 
@@ -106,6 +107,9 @@ def make_train_step(
     where each device has its rows and its parts of the base, and summed over the devices once a
     step; arguments lie where ``training.on_mesh`` puts them. The update is XLA's to partition, and
     ``spread`` cuts an adapter and its moments along the devices that have other rows.
+
+    With ``skip_nonfinite`` a step whose loss or gradient is not finite leaves parameters and
+    moments as they were; the step counts all the same.
 
     Raises:
         FabricError: a fused update on a mesh.
@@ -140,6 +144,13 @@ def make_train_step(
             real_tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
             grad_norm=optax.tree.norm(grads),
         )
+        if skip_nonfinite:
+            fine = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+            params, moments = jax.tree.map(
+                lambda new, old: jnp.where(fine, new, old),
+                (params, moments),
+                (state.params, state.moments),
+            )
         done = TrainState(params=params, moments=moments, step=state.step + 1)
         if mesh is not None:
             done = constrain_state(done, definition, mesh, trains, spread=spread)

@@ -22,11 +22,12 @@ from fabric_jax.data.batch import Batch
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
 from fabric_jax.models.initialize import initialize_adapter, initialize_base
+from fabric_jax.models.on_mesh import place_base
 from fabric_jax.models.registry import get_config
 from fabric_jax.parallel.mesh import MeshShape, make_mesh, parse_mesh
-from fabric_jax.parallel.placement import base_specs, bytes_on_device
+from fabric_jax.parallel.placement import base_specs, bytes_on_device, place_rows
 from fabric_jax.training.config import OptimizerConfig
-from fabric_jax.training.on_mesh import place_base, place_rows, place_state
+from fabric_jax.training.on_mesh import place_state
 from fabric_jax.training.optimizer import make_optimizer
 from fabric_jax.training.step import TrainState, init_state, make_train_step
 
