@@ -205,6 +205,7 @@ class TrainCheckpoints:
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=False,
             save_root_metadata=False,
+            create=False,
             **({"multiprocessing_options": alone} if jax.process_count() > 1 else {}),
         )
         try:

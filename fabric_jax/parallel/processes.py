@@ -17,6 +17,8 @@ import numpy as np
 from fabric_jax.errors import FabricError
 from fabric_jax.parallel.mesh import MeshShape, parse_mesh
 
+FAILED_CODE = 1
+"""Exit code of a process with an error that no one foresaw."""
 WRONG_CODE = 2
 """Exit code of a process that found something wrong itself."""
 LOST_CODE = 3
@@ -102,6 +104,15 @@ def join_processes(config: DevicesConfig) -> None:
 def is_first() -> bool:
     """Whether this process writes."""
     return jax.process_index() == 0
+
+
+def tells_of_lost_peer(error: Exception) -> bool:
+    """Whether a collective raised this because another process is gone.
+
+    Backends have no common type for it: Gloo's is a ``ValueError`` of its own words.
+    """
+    signs = ("Gloo", "Connection closed", "Connection reset", "UNAVAILABLE", "heartbeat", "NCCL")
+    return any(sign.lower() in str(error).lower() for sign in signs)
 
 
 def leave(message: str, code: int) -> NoReturn:

@@ -145,18 +145,20 @@ def make_train_step(
             grad_norm=optax.tree.norm(grads),
         )
         if skip_nonfinite:
-            fine = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
-            params, moments = jax.tree.map(
-                lambda new, old: jnp.where(fine, new, old),
-                (params, moments),
-                (state.params, state.moments),
-            )
+            params, moments = _if_finite(metrics, (params, moments), state)
         done = TrainState(params=params, moments=moments, step=state.step + 1)
         if mesh is not None:
             done = constrain_state(done, definition, mesh, trains, spread=spread)
         return done, metrics
 
     return step
+
+
+def _if_finite(metrics: StepMetrics, new: tuple[Tree, Any], state: TrainState) -> tuple[Tree, Any]:
+    """Parameters and moments after a step, or those before it."""
+    fine = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+    old = (state.params, state.moments)
+    return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
 
 
 def _gradient_sum(definition: DecoderDefinition, trains: Trains, mesh: Mesh | None) -> GradientSum:

@@ -1,5 +1,6 @@
 """The training loop around a job: output folder, checkpoints, metrics, summary."""
 
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -18,7 +19,15 @@ from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.on_mesh import place_base
 from fabric_jax.parallel.mesh import MeshShape, make_mesh
 from fabric_jax.parallel.placement import own_rows, shape_of, uncut_linears
-from fabric_jax.parallel.processes import LOST_CODE, WRONG_CODE, chosen_mesh, is_first, leave
+from fabric_jax.parallel.processes import (
+    FAILED_CODE,
+    LOST_CODE,
+    WRONG_CODE,
+    chosen_mesh,
+    is_first,
+    leave,
+    tells_of_lost_peer,
+)
 from fabric_jax.training.config import RunConfig
 from fabric_jax.training.identity import run_identity
 from fabric_jax.training.lock import locked_folder
@@ -59,7 +68,9 @@ def train(
     except FabricError as error:
         leave(str(error), WRONG_CODE)
     except Exception as error:
-        # What a collective raises when its peer is gone differs from backend to backend.
+        if not tells_of_lost_peer(error):
+            traceback.print_exc()
+            leave(f"process {jax.process_index()} failed: {type(error).__name__}", FAILED_CODE)
         leave(
             f"process {jax.process_index()} lost the others: {str(error).splitlines()[0][:200]}. "
             "A process of the run died or can't be reached; what it printed last says why. "
@@ -79,25 +90,7 @@ def _train(config: RunConfig, prepare: Callable[[], Job], console: Console) -> S
             job = _on_devices(prepare(), shape)
         total = total_steps(config, job.data.train)
         _describe(console, config, job, total)
-        identity = run_identity(
-            config,
-            job.definition,
-            job.data,
-            trains=job.trains,
-            weights=job.weights,
-            total_steps=total,
-        )
-
-        def report(text: str) -> None:
-            console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
-
-        folder = output / CHECKPOINTS
-        keep = config.keep_last
-        with (
-            TrainCheckpoints(folder, keep_last=keep, identity=identity, report=report)
-            if is_first()
-            else nullcontext()
-        ) as checkpoints:
+        with _checkpoints(config, job, total, console) as checkpoints:
             with _assembling(shape):
                 session = Session(config, job, total, checkpoints)
             _say_where(console, config, session)
@@ -107,6 +100,28 @@ def _train(config: RunConfig, prepare: Callable[[], Job], console: Console) -> S
         if is_first():
             write_json(output / SUMMARY, summary.to_json())
     return summary
+
+
+def _checkpoints(
+    config: RunConfig, job: Job, total: int, console: Console
+) -> AbstractContextManager[TrainCheckpoints | None]:
+    """The checkpoints of the run; None in processes that don't write."""
+    if not is_first():
+        return nullcontext()
+
+    def report(text: str) -> None:
+        console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    identity = run_identity(
+        config,
+        job.definition,
+        job.data,
+        trains=job.trains,
+        weights=job.weights,
+        total_steps=total,
+    )
+    folder = Path(config.output) / CHECKPOINTS
+    return TrainCheckpoints(folder, keep_last=config.keep_last, identity=identity, report=report)
 
 
 def _assembling(shape: MeshShape) -> AbstractContextManager[None]:
