@@ -33,6 +33,7 @@ from fabric_jax.training.identity import run_identity
 from fabric_jax.training.lock import locked_folder
 from fabric_jax.training.memory_account import analytic_bytes, predict
 from fabric_jax.training.metrics import MetricsLog
+from fabric_jax.training.out_of_memory import is_out_of_memory, out_of_memory
 from fabric_jax.training.partition import freezes_a, trained_leaves
 from fabric_jax.training.progress import RunProgress
 from fabric_jax.training.session import Job, Session
@@ -90,11 +91,16 @@ def _train(config: RunConfig, prepare: Callable[[], Job], console: Console) -> S
             job = _on_devices(prepare(), shape)
         total = total_steps(config, job.data.train)
         _describe(console, config, job, total)
-        with _checkpoints(config, job, total, console) as checkpoints:
-            with _assembling(shape):
-                session = Session(config, job, total, checkpoints)
-            _say_where(console, config, session)
-            _run(session, console)
+        try:
+            with _checkpoints(config, job, total, console) as checkpoints:
+                with _assembling(shape):
+                    session = Session(config, job, total, checkpoints)
+                _say_where(console, config, session)
+                _run(session, console)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(config, job.definition, shape, fused=job.fused) from error
         session.export(job.kind)
         summary = _summarise(session)
         if is_first():
