@@ -9,7 +9,6 @@ it is written.
 import re
 import threading
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from fabric_jax.errors import FabricError
@@ -17,7 +16,7 @@ from fabric_jax.errors import FabricError
 if TYPE_CHECKING:
     from jinja2 import Template, nodes
 
-MOST_TURNS = 500_000
+MOST_TURNS = 200_000
 MOST_CHARACTERS = 50_000_000
 MOST_SECONDS = 5.0
 TICK = "__tick"
@@ -37,7 +36,7 @@ def render_within_limits(template: "Template", variables: dict[str, Any]) -> str
     parts: list[str] = []
     written = 0
     try:
-        for part in cast(Iterator[str], template.generate(**variables)):
+        for part in template.generate(**variables):
             written += len(part)
             if written > MOST_CHARACTERS:
                 raise _too_much(f"more than {MOST_CHARACTERS:,} characters")
@@ -73,7 +72,8 @@ def count_turns(tree: "nodes.Template") -> "nodes.Template":
         node.nodes = [check]
         node.set_lineno(node.lineno)
     # New nodes need the environment of the others.
-    return tree.set_environment(cast(Any, tree.environment))
+    tree.set_environment(cast(Any, tree.environment))
+    return tree
 
 
 def joined(*parts: Any) -> str:

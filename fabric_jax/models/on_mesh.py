@@ -22,4 +22,4 @@ def place_base(base: Tree, definition: DecoderDefinition, mesh: Mesh) -> Tree:
 
 def abstract_base(definition: DecoderDefinition, mesh: Mesh) -> Tree:
     """The same of a base."""
-    return _abstract(nnx.to_pure_dict(definition.base), base_shardings(definition, mesh))
+    return abstract(nnx.to_pure_dict(definition.base), base_shardings(definition, mesh))

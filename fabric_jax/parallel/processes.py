@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -171,7 +171,7 @@ def largest(number: int) -> int:
         return number
     from jax.experimental import multihost_utils
 
-    return int(np.max(cast(Any, multihost_utils.process_allgather(np.int32(number)))))
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def on_host(tree: Any) -> Any:
