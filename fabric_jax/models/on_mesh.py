@@ -5,7 +5,7 @@ from jax.sharding import Mesh
 
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
-from fabric_jax.parallel.placement import base_specs, place, shape_of, shardings
+from fabric_jax.parallel.placement import abstract, base_specs, place, shape_of, shardings
 
 
 def base_shardings(definition: DecoderDefinition, mesh: Mesh) -> Tree:
