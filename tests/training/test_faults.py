@@ -53,6 +53,7 @@ def limited(kind: str, size: int, words: list[str]) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_the_need_and_three_ways_to_fit(
     configure: Configure, tmp_path: Path
 ) -> None:
