@@ -1,28 +1,38 @@
 """A loaded model: weights, adapter, tokenizer, logits, generated text."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, Unpack, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fabric_kernels.ternary_matmul import Implementation
 from jaxtyping import Array, Float32, Int
 from numpy.typing import ArrayLike
 
 from fabric_jax.checkpoints.adapters import load_adapter, read_lora_config
-from fabric_jax.checkpoints.loading import Weights, load_base, weights_form
+from fabric_jax.checkpoints.loading import LoadedBase, Weights, load_base, weights_form
 from fabric_jax.data.tokenizer import Tokenizer, load_tokenizer
-from fabric_jax.errors import FabricError
-from fabric_jax.generation.config import GenerationConfig
-from fabric_jax.generation.generator import Generated, Generator, check_ids, make_generator
+from fabric_jax.errors import FabricError, unknown_name
+from fabric_jax.generation.adapters import Member, stack_adapters
+from fabric_jax.generation.config import GenerationConfig, GenerationOptions
+from fabric_jax.generation.generator import Generator, check_ids, make_generator
 from fabric_jax.generation.prompts import Prompt, decode_continuation, encode_prompt
+from fabric_jax.generation.session import Cached, Finish, Generated, Session, Stats
+from fabric_jax.generation.text import TextStream, tokens_until_stop
 from fabric_jax.models.config import ModelConfig
-from fabric_jax.models.decoder import DecoderDefinition
+from fabric_jax.models.decoder import DecoderDefinition, define_decoder
 from fabric_jax.models.initialize import Tree
 from fabric_jax.quantization.absmax import ActQuant
+
+AdapterName = str | None
+TableDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+PIECE_SECONDS = 0.05
+"""What a dispatch of a streamed answer may take: the eye takes more for a stutter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +40,16 @@ class Completion:
     """What followed one prompt.
 
     Attributes:
-        text: the answer without special tokens and without the stop token.
-        tokens: its token ids, the stop token included where there was one.
-        finish: whether a stop token or the limit of new tokens ended it.
+        text: the answer without special tokens, without the stop token or string.
+        tokens: its token ids, those of the stop token or string included where there was one.
+        finish: whether a stop token or string, the limit of new tokens or the reader ended it.
+        log_probs: of each token under the model itself, nats; None where nobody asked.
     """
 
     text: str
     tokens: tuple[int, ...]
-    finish: Literal["stop", "length"]
+    finish: Finish
+    log_probs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +59,18 @@ class Model:
     Attributes:
         definition: shapes and code of the decoder.
         frozen: the base weights.
-        adapter: the LoRA weights, empty without an adapter.
+        adapter: the LoRA weights, empty without an adapter; with several a stack of them.
         tokenizer_source: the model's own tokenizer, as ``load_tokenizer`` takes it.
+        adapter_names: of the stack's adapters, as they were named to ``load_model``.
+        own_tokenizer: in place of the one that ``tokenizer_source`` names.
     """
 
     definition: DecoderDefinition
     frozen: Tree
     adapter: Tree
     tokenizer_source: str = ""
+    adapter_names: tuple[str, ...] = ()
+    own_tokenizer: Tokenizer | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -64,7 +80,7 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's own tokenizer; bytes for a model that has none."""
-        return load_tokenizer(self.tokenizer_source)
+        return self.own_tokenizer or load_tokenizer(self.tokenizer_source)
 
     def logits(self, tokens: ArrayLike | Int[Array, "B T"]) -> Float32[Array, "B T V"]:
         """Logits of the token after each of ``tokens``, integers [B, T].
@@ -72,9 +88,13 @@ class Model:
         Compiled once for a shape. All logits exist at once: V · 4 bytes a token.
 
         Raises:
-            FabricError: not integers of shape [B, T], longer than the model allows, or an id
-                outside the vocabulary.
+            FabricError: several adapters, not integers of shape [B, T], longer than the model
+                allows, or an id outside the vocabulary.
         """
+        if self.adapter_names:
+            raise FabricError(
+                "logits are those of one adapter", fix="Load the model with one, not with a list"
+            )
         ids = np.asarray(tokens)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
             raise FabricError(
@@ -94,29 +114,27 @@ class Model:
         self,
         prompts: str | Sequence[Prompt],
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
         stop_tokens: Sequence[int] | None = None,
-        batch_size: int = 0,
+        stop_strings: Sequence[str] = (),
+        adapters: AdapterName | Sequence[AdapterName] = None,
         tokenizer: Tokenizer | None = None,
+        report: Callable[[Stats], None] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[Completion]:
         """Continues each prompt; the completions are in the order of the prompts.
 
         Args:
             prompts: one text, or several prompts: texts, conversations (lists of messages) that the
                 model answers through its chat template, or lists of token ids.
-            max_new_tokens: most tokens after a prompt.
-            temperature: 0 takes the most likely token; otherwise logits are divided by it.
-            top_k: sample among the k most likely tokens; 0 for all.
-            top_p: sample among the fewest tokens whose probabilities reach p together; 1 for all.
-            seed: of sampling.
             stop_tokens: ids that end an answer; None for the tokenizer's own (end of text, end of
                 turn).
-            batch_size: prompts computed at once; 0 for all.
+            stop_strings: texts that end an answer and are cut from it.
+            adapters: of a model loaded with several, the one to use, or one for each prompt; None
+                for the base alone.
             tokenizer: instead of the model's own.
+            report: is given the times of every batch.
+            **options: how tokens are chosen, how many at most, and what is kept; see
+                ``GenerationConfig``.
 
         Raises:
             FabricError: a setting is out of range, or a prompt is empty, doesn't fit the model with
@@ -124,19 +142,87 @@ class Model:
         """
         tokenizer = tokenizer or self.tokenizer
         stops = tokenizer.stop_ids if stop_tokens is None else tuple(stop_tokens)
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop_tokens=stops,
-            batch_size=batch_size,
-        )
+        settings = GenerationConfig(stop_tokens=stops, **options)
+        _check_stop_strings(stop_strings)
         several = [prompts] if isinstance(prompts, str) else prompts
         ids = [encode_prompt(tokenizer, prompt) for prompt in several]
-        results = self._generator(self.frozen, self.adapter, ids, settings)
-        return [_complete(tokenizer, *pair) for pair in zip(ids, results, strict=True)]
+        streams = [
+            TextStream(tokenizer=tokenizer, prompt=prompt, stop_strings=tuple(stop_strings))
+            for prompt in ids
+        ]
+        counts = [0] * len(ids)
+
+        def watch(i: int, tokens: tuple[int, ...]) -> bool:
+            streams[i].add(tokens[counts[i] :])
+            counts[i] = len(tokens)
+            return streams[i].stopped
+
+        results = self._generator(
+            self.frozen,
+            self.adapter,
+            ids,
+            settings,
+            adapter_ids=self._adapter_ids(adapters, len(ids)),
+            watch=watch if stop_strings else None,
+            report=report,
+        )
+        return [
+            _complete(tokenizer, prompt, result, stop_strings)
+            for prompt, result in zip(ids, results, strict=True)
+        ]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        stop_tokens: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        adapter: AdapterName = None,
+        tokenizer: Tokenizer | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> "Stream":
+        """The answer to one prompt, a piece of text at a time as it is generated.
+
+        Its pieces are those of :class:`Stream`; the other arguments are those of :meth:`generate`.
+        """
+        tokenizer = tokenizer or self.tokenizer
+        stops = tokenizer.stop_ids if stop_tokens is None else tuple(stop_tokens)
+        settings = GenerationConfig(stop_tokens=stops, **options)
+        _check_stop_strings(stop_strings)
+        ids = self._adapter_ids(adapter, 1)
+        return Stream(
+            generator=self._generator,
+            frozen=self.frozen,
+            adapter=self.adapter,
+            adapter_id=None if ids is None else ids[0],
+            tokenizer=tokenizer,
+            prompt=tuple(encode_prompt(tokenizer, prompt)),
+            settings=settings,
+            stop_strings=tuple(stop_strings),
+        )
+
+    def _adapter_ids(
+        self, names: AdapterName | Sequence[AdapterName], count: int
+    ) -> list[int] | None:
+        """The numbers in the stack of adapters; None where there is no stack."""
+        several = [names] * count if names is None or isinstance(names, str) else list(names)
+        if not self.adapter_names:
+            if any(name is not None for name in several):
+                raise FabricError(
+                    "the model was not loaded with several adapters to choose from",
+                    fix="Give load_model a list of adapters",
+                )
+            return None
+        if len(several) != count:
+            raise FabricError(
+                "there is one adapter for each prompt",
+                expected=f"{count} names",
+                found=str(len(several)),
+            )
+        for name in several:
+            if name is not None and name not in self.adapter_names:
+                raise unknown_name("adapter", name, self.adapter_names)
+        return [0 if name is None else 1 + self.adapter_names.index(name) for name in several]
 
     @cached_property
     def _generator(self) -> Generator:
@@ -154,18 +240,120 @@ class Model:
         return cast(Callable[[Tree, Tree, jax.Array], jax.Array], logits)
 
 
-def _complete(tokenizer: Tokenizer, prompt: Sequence[int], result: Generated) -> Completion:
-    text = decode_continuation(tokenizer, prompt, result.answer)
-    return Completion(text=text, tokens=result.tokens, finish=result.finish)
+@dataclass(kw_only=True)
+class Stream:
+    """Iterates over the pieces of an answer; each is text that will not change, or none yet.
+
+    The number of tokens a dispatch grows until it takes ``PIECE_SECONDS``.
+
+    Attributes:
+        generator: of the model.
+        frozen: base weights.
+        adapter: the adapter, or a stack of several.
+        adapter_id: of a stack.
+        tokenizer: of the model.
+        prompt: token ids.
+        settings: how.
+        stop_strings: texts that end the answer.
+        cached: what an earlier answer left: what it has in common with the prompt is not computed
+            again. Afterwards what this one leaves.
+        stats: times, after the answer.
+        completion: the answer, when the last piece has come or the iteration has been left.
+    """
+
+    generator: Generator
+    frozen: Tree
+    adapter: Tree
+    adapter_id: int | None
+    tokenizer: Tokenizer
+    prompt: tuple[int, ...]
+    settings: GenerationConfig
+    stop_strings: tuple[str, ...] = ()
+    cached: Cached | None = None
+    stats: Stats | None = None
+    completion: Completion | None = None
+
+    def check(self) -> None:
+        """Raises the FabricError that iteration would raise for the prompt."""
+        self.generator.check([self.prompt], self.settings)
+
+    def __iter__(self) -> Iterator[str]:
+        """Generates the answer."""
+        text = TextStream(
+            tokenizer=self.tokenizer, prompt=self.prompt, stop_strings=self.stop_strings
+        )
+        cached, self.cached = self.cached, None
+        session = self.generator.start(
+            self.frozen,
+            self.adapter,
+            self.prompt,
+            self.settings,
+            adapter_id=self.adapter_id,
+            cached=cached,
+        )
+        given, steps = 0, 1
+        try:
+            while not session.done and not text.stopped:
+                begin = time.perf_counter()
+                session.advance(steps)
+                spent = time.perf_counter() - begin
+                steps = max(1, min(2 * steps, int(steps * PIECE_SECONDS / spent)))
+                stopping = self.settings.stop_tokens
+                fresh = [token for token in session.tokens(0)[given:] if token not in stopping]
+                given = len(session.tokens(0))
+                # Nothing too, so that a reader who wants to leave can.
+                yield text.add(fresh)
+            if piece := text.finish():
+                yield piece
+        finally:
+            self._close(session, text)
+
+    def _close(self, session: Session, text: TextStream) -> None:
+        """Keeps what the answer leaves, however it ended."""
+        if not session.done and not text.stopped:
+            session.end(0)
+        result = session.generated(0)
+        finish = "stop" if text.stopped else result.finish
+        self.stats = session.stats
+        self.cached = session.cached(self.prompt)
+        self.completion = Completion(
+            text=text.text, tokens=result.tokens, finish=finish, log_probs=result.log_probs
+        )
+
+
+def _complete(
+    tokenizer: Tokenizer, prompt: Sequence[int], result: Generated, stop_strings: Sequence[str]
+) -> Completion:
+    count = None
+    if stop_strings:
+        count = tokens_until_stop(tokenizer, prompt, result.answer, stop_strings)
+    if count is None:
+        text = decode_continuation(tokenizer, prompt, result.answer)
+        return Completion(
+            text=text, tokens=result.tokens, finish=result.finish, log_probs=result.log_probs
+        )
+    text = decode_continuation(tokenizer, prompt, result.tokens[:count])
+    end = min(at for stop in stop_strings if (at := text.find(stop)) >= 0)
+    log_probs = None if result.log_probs is None else result.log_probs[:count]
+    return Completion(
+        text=text[:end], tokens=result.tokens[:count], finish="stop", log_probs=log_probs
+    )
+
+
+def _check_stop_strings(stop_strings: Sequence[str]) -> None:
+    if isinstance(stop_strings, str) or not all(stop_strings):
+        raise FabricError("stop strings are a list of texts that are not empty")
 
 
 def load_model(
     source: str | Path,
     *,
     weights: Weights | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     act_quant: ActQuant | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    embedding_dtype: TableDtype | None = None,
+    implementation: Implementation | None = None,
     seed: int = 0,
 ) -> Model:
     """Loads a model, with an adapter if one is named.
@@ -180,15 +368,21 @@ def load_model(
             ``int8`` or ``int4`` (plain linears that are stored so). None: packed where the
             model is ternary, float otherwise. ``packed`` or ``master`` for a checkpoint of plain
             floats says that these are master weights of a ternary model.
-        adapter: an adapter folder in PEFT's layout, or a ``.gguf`` adapter.
+        adapter: an adapter folder in PEFT's layout, or a ``.gguf`` adapter; a list of several for
+            a model of which each prompt has its own.
         act_quant: quantiser of the inputs of ternary linears. None: the model's, or per token.
         dtype: of activations and unpacked weights.
+        embedding_dtype: of embedding and head as they are stored, ``int8`` and ``int4`` included;
+            None for ``dtype``.
+        implementation: of the products with packed weights; None picks.
         seed: of random weights.
 
     Raises:
         FabricError: the source or the adapter is missing, damaged or of another model.
     """
-    lora = None if adapter is None else read_lora_config(adapter, source)
+    several = adapter is not None and not isinstance(adapter, str | Path)
+    one = None if several else cast(str | Path | None, adapter)
+    lora = None if one is None else read_lora_config(one, source)
     form = weights_form(weights)
     loaded = load_base(
         source,
@@ -199,11 +393,36 @@ def load_model(
         act_quant=act_quant,
         seed=seed,
         lora=lora,
+        embedding_dtype=embedding_dtype,
+        implementation=implementation,
     )
-    tree = {} if adapter is None else load_adapter(adapter, loaded.definition)
+    if several:
+        return _with_adapters(loaded, cast(Sequence[str | Path], adapter))
+    tree = {} if one is None else load_adapter(one, loaded.definition)
     return Model(
         definition=loaded.definition,
         frozen=loaded.base,
         adapter=tree,
         tokenizer_source=loaded.tokenizer_source,
+    )
+
+
+def _with_adapters(loaded: LoadedBase, paths: Sequence[str | Path]) -> Model:
+    """The model with a stack of adapters."""
+    names = tuple(map(str, paths))
+    if len(set(names)) != len(names):
+        raise FabricError("an adapter is named twice", found=", ".join(names))
+    members: list[Member] = []
+    for path in paths:
+        lora = read_lora_config(path, loaded.definition.config)
+        options = replace(loaded.definition.options, lora=lora)
+        own = define_decoder(loaded.definition.config, options)
+        members.append((lora, load_adapter(path, own)))
+    definition, tree = stack_adapters(loaded.definition, members)
+    return Model(
+        definition=definition,
+        frozen=loaded.base,
+        adapter=tree,
+        tokenizer_source=loaded.tokenizer_source,
+        adapter_names=names,
     )

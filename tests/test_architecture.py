@@ -34,6 +34,8 @@ RANKS = {
     "fabric_jax.evaluation": 6,
     "fabric_jax.conversion": 7,
     "fabric_jax.training": 7,
+    "fabric_jax.sweeps": 7,
+    "fabric_jax.report": 8,
     "fabric_jax.model": 8,
     "fabric_jax.quickstart": 8,
     "experiments": 8,
@@ -120,7 +122,10 @@ def test_kernels_is_a_folder_and_no_package() -> None:
 
 
 def test_oracles_are_never_imported_by_the_package() -> None:
+    """But by the programs that other implementations are timed with."""
     for path in PACKAGE:
+        if path.is_relative_to(ROOT / "experiments" / "peers"):
+            continue
         tops = {name.split(".")[0] for _, name in imported(parse(path))}
         assert not tops & ORACLES, path.relative_to(ROOT)
 

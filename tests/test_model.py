@@ -163,3 +163,56 @@ def test_an_adapter_of_another_model_is_refused(folders):
 def test_unknown_models_are_refused():
     with pytest.raises(FabricError, match="Did you mean 'bitnet-tiny'"):
         load_model("bitnet-tinny")
+
+
+def test_a_stream_is_the_answer_in_pieces(adapted):
+    whole = adapted.generate("Hello", max_new_tokens=24, stop_tokens=())[0]
+    stream = adapted.stream("Hello", max_new_tokens=24, stop_tokens=())
+    pieces = list(stream)
+    assert "".join(pieces) == whole.text
+    assert stream.completion == whole
+    assert stream.stats is not None
+    assert (stream.stats.prompt_tokens, stream.stats.new_tokens) == (6, 24)
+    assert 0 < stream.stats.prefill_seconds < stream.stats.first_token_seconds
+    for _ in (left := adapted.stream("Hello", max_new_tokens=24, stop_tokens=())):
+        break
+    assert left.completion is not None
+    assert left.completion.finish == "interrupted"
+    assert whole.tokens[: len(left.completion.tokens)] == left.completion.tokens
+
+
+def test_stop_strings_are_cut(adapted):
+    free = adapted.generate("Hello", max_new_tokens=24, stop_tokens=())[0]
+    ascii_at = next(i for i in range(3, len(free.text)) if free.text[i].isascii())
+    stop = free.text[ascii_at]
+    expected = free.text[: free.text.index(stop)]
+    options = {"max_new_tokens": 24, "stop_tokens": (), "stop_strings": [stop]}
+    stopped = adapted.generate(["Hello", "Hello"], log_probs=True, **options)[1]
+    assert (stopped.text, stopped.finish) == (expected, "stop")
+    assert len(stopped.log_probs) == len(stopped.tokens) < 24
+    stream = adapted.stream("Hello", **options)
+    assert "".join(stream) == expected
+    assert stream.completion.finish == "stop"
+    with pytest.raises(FabricError, match="stop strings are a list"):
+        adapted.generate("Hello", stop_strings="a")
+
+
+def test_each_prompt_may_have_an_adapter_of_its_own(folders, model, adapted):
+    name = str(folders[1])
+    several = load_model(folders[0], adapter=[folders[1]])
+    options = {"max_new_tokens": 6, "stop_tokens": ()}
+    found = several.generate(["Hello", "Hello"], adapters=[None, name], **options)
+    alone = [one.generate("Hello", **options)[0] for one in (model, adapted)]
+    assert alone[0].tokens != alone[1].tokens
+    # Codes of activations may round the other way; a wrong adapter would differ from the start.
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours.tokens[:2] == theirs.tokens[:2]
+    assert "".join(several.stream("Hello", adapter=name, **options)) == found[1].text
+    with pytest.raises(FabricError, match="unknown adapter 'none'"):
+        several.generate("Hello", adapters="none")
+    with pytest.raises(FabricError, match="one adapter for each prompt"):
+        several.generate(["a", "b"], adapters=[name])
+    with pytest.raises(FabricError, match="not loaded with several adapters"):
+        model.generate("a", adapters=name)
+    with pytest.raises(FabricError, match="logits are those of one adapter"):
+        several.logits(TOKENS)

@@ -25,7 +25,7 @@ from fabric_jax.layers.bit_linear import BaseMode
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree, nest
-from fabric_jax.models.packing import pack_stack
+from fabric_jax.models.packing import check_codes, pack_stack
 from fabric_jax.quantization.absmax import ActQuant
 
 ALIGNMENT = 64
@@ -151,7 +151,9 @@ def quantize_matrix(master: HostArray) -> TernaryMatrix:
     # float32 on the host, where jax reads it without a copy.
     stack = _aligned(Layout(shape=(1, *master.shape), dtype="float32"))
     np.copyto(stack[0], master)
-    packed, scales = pack_stack(_to_device(stack))
+    device = _to_device(stack)
+    packed, scales = pack_stack(device)
+    check_codes(device[0], packed[0], scales[0])
     return TernaryMatrix(packed=np.asarray(packed)[0], scale=float(scales[0]), k=master.shape[1])
 
 

@@ -36,6 +36,9 @@ Weights = Literal[
 """A user's word for the form of the linears' weights; ``packed`` is ``ternary2``, and ``float`` is
 plain linears in the dtype of the activations."""
 
+RUN_MODEL = "model"
+"""Folder of the weights in the output of a run that trained all of them."""
+
 ACCEPTED = (
     "a registry name (`fabric-jax models` lists them), a folder saved by fabric_jax or by "
     "transformers, a .gguf file, or a hub id org/name[@revision]"
@@ -151,9 +154,10 @@ def open_source(source: str | Path, *, mode: BaseMode | None = None) -> ModelSou
     """Opens a stored model without reading its weights.
 
     Args:
-        source: a folder of fabric_jax or of Hugging Face transformers (safetensors), a ``.gguf``
-            file, or a hub id: ``org/name``, ``org/name@revision``, ``org/name/file.gguf``. What
-            exists on this machine is never looked for on the hub.
+        source: a folder of fabric_jax (that of a run which trained all weights too) or of Hugging
+            Face transformers (safetensors), a ``.gguf`` file, or a hub id: ``org/name``,
+            ``org/name@revision``, ``org/name/file.gguf``. What exists on this machine is never
+            looked for on the hub.
         mode: what the weights are, for checkpoints that do not say; see ``open_huggingface``.
 
     Raises:
@@ -172,6 +176,8 @@ def _open_path(path: Path, name: str, *, mode: BaseMode | None, label: str) -> M
         from fabric_jax.checkpoints.gguf.read import open_gguf
 
         return open_gguf(path)
+    if path.is_dir() and not is_model_folder(path) and is_model_folder(path / RUN_MODEL):
+        path = path / RUN_MODEL
     if not path.is_dir() or not (path / "config.json").is_file():
         raise _not_a_model(name, path)
     if is_model_folder(path):

@@ -6,7 +6,7 @@ another layout is re-packed as it is written, and again, to whatever is asked fo
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -36,12 +36,15 @@ from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
 from fabric_jax.models.initialize import Tree
 from fabric_jax.quantization.absmax import ActQuant
+from fabric_jax.quantization.ste_options import SteOptions, check_packable
 
 FORMAT = "fabric_jax"
 VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 FILES = frozenset({CONFIG, WEIGHTS, TOKENIZER})
 KEYS = ("format", "version", "model", "mode", "dtype", "act_quant", "tokenizer")
+STE = "ste"
+"""The one key that may be missing: only masters that can't be packed have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class FolderConfig:
         dtype: of its other weights.
         act_quant: the quantiser it was trained with.
         tokenizer: the tokenizer file in the folder; None for a model of bytes or of none.
+        ste: what its master weights were trained with.
     """
 
     model: ModelConfig
@@ -61,6 +65,7 @@ class FolderConfig:
     dtype: str
     act_quant: ActQuant
     tokenizer: Path | None
+    ste: SteOptions = field(default_factory=SteOptions)
 
 
 def save_model(
@@ -105,6 +110,8 @@ def save_model(
             "act_quant": options.act_quant,
             "tokenizer": None if tokenizer_json is None else TOKENIZER,
         }
+        if options.mode == "master" and options.ste.beyond_packed:
+            config[STE] = asdict(options.ste)
         write_json(staged / CONFIG, config)
 
 
@@ -173,7 +180,7 @@ def read_model_config(folder: Path) -> FolderConfig:
             found=str(stored.get("version")),
         )
     for key in stored:
-        if key not in KEYS:
+        if key not in (*KEYS, STE):
             raise unknown_name(f"key in {path}", key, KEYS)
     missing = [key for key in KEYS if key not in stored]
     if missing or not isinstance(stored["model"], dict):
@@ -192,7 +199,15 @@ def read_model_config(folder: Path) -> FolderConfig:
         dtype=stored["dtype"],
         act_quant=stored["act_quant"],
         tokenizer=None if stored["tokenizer"] is None else folder / TOKENIZER,
+        ste=_read_ste(stored.get(STE, {}), path),
     )
+
+
+def _read_ste(stored: object, path: Path) -> SteOptions:
+    try:
+        return SteOptions(**cast(dict[str, Any], stored))
+    except TypeError as error:
+        raise FabricError(f"{STE} in {path} is no description of quantisers: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,15 +271,22 @@ class NativeSource:
         return self.file.read(name, slice(layer, layer + 1))[0]
 
 
-def open_native(folder: str | Path) -> NativeSource:
+def open_native(folder: str | Path, *, any_ste: bool = False) -> NativeSource:
     """Opens what ``save_model`` wrote.
 
+    Args:
+        folder: the model folder.
+        any_ste: whether to take masters that were trained in a way that packed weights can't
+            express; who does reads ``stored.ste``.
+
     Raises:
-        FabricError: the folder is damaged, or its tensors are not those of its model (the differing
-            ones are named).
+        FabricError: the folder is damaged, its tensors are not those of its model (the differing
+            ones are named), or they are such masters.
     """
     folder = Path(folder)
     stored = read_model_config(folder)
+    if not any_ste:
+        check_packable(stored.ste, str(folder))
     file = open_tensors(folder / WEIGHTS)
     plain = DecoderOptions(mode=stored.mode, dtype=stored.dtype, act_quant=stored.act_quant)
     expected = base_layouts(define_decoder(stored.model, plain))
@@ -292,8 +314,10 @@ def load_model_folder(
         FabricError: the folder is damaged, its tensors are not those of its model (the differing
             ones are named), or the mode is another one.
     """
-    source = open_native(folder)
+    source = open_native(folder, any_ste=True)
     stored = source.stored
-    plain = DecoderOptions(mode=stored.mode, dtype=stored.dtype, act_quant=stored.act_quant)
+    plain = DecoderOptions(
+        mode=stored.mode, dtype=stored.dtype, act_quant=stored.act_quant, ste=stored.ste
+    )
     definition = define_decoder(stored.model, options or plain)
     return definition, assemble_base(definition, source)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class EvaluateConfig:
     """Perplexity of a model on rows and, where these have labels, accuracy on the task.
 
+    With --against the model is compared with itself after a change, token by token.
+
     Attributes:
         model: registry name (random weights), a folder saved by fabric_jax or by transformers, a
             .gguf file, or a hub id: org/name, org/name@revision, org/name/file.gguf.
@@ -43,6 +45,10 @@ class EvaluateConfig:
             same results.
         act_quant: quantiser of the inputs of ternary linears; auto: what the model was saved with,
             else per_token.
+        embedding_dtype: of embedding and head in memory; same is dtype.
+        implementation: of the products with packed weights; auto picks.
+        against: what the second model has instead: model=, adapter= (none for none), weights=,
+            dtype=, embedding-dtype=, act-quant= or implementation=, as in implementation=xla.
         seed: of random base weights.
         json: file to write the figures to.
     """
@@ -73,6 +79,9 @@ class EvaluateConfig:
         "int4",
     ] = "auto"
     act_quant: Literal["auto", "per_token", "block256", "none"] = "auto"
+    embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
+    implementation: Literal["auto", "xla", "cpu", "triton", "mosaic_gpu", "mosaic_tpu"] = "auto"
+    against: tuple[str, ...] = ()
     seed: int = 0
     json: str = ""
 
@@ -100,13 +109,19 @@ def run(arguments: Sequence[str]) -> int:
     from fabric_jax.data import load_evaluation, load_tokenizer
 
     dataset = config.dataset
-    loaded, adapter = _load(config)
+    from fabric_jax.cli.against import changed_config, run_against
+    from fabric_jax.evaluation import Run
+
+    changed = changed_config(config)
+    loaded, adapter = load(config)
     tokenizer = load_tokenizer(
         config.tokenizer or loaded.tokenizer_source, chat_template=config.chat_template or None
     )
     _check_fit(config, loaded, tokenizer)
     data = load_evaluation(dataset, tokenizer)
     print(data.summary)
+    if config.against:
+        return run_against(config, changed, Run(loaded.definition, loaded.base, adapter), data)
     comparison = _compare(config, loaded, adapter, tokenizer, data)
     if config.json:
         from fabric_jax.files import write_json
@@ -116,7 +131,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _load(config: EvaluateConfig) -> "tuple[LoadedBase, Tree]":
+def load(config: EvaluateConfig) -> "tuple[LoadedBase, Tree]":
     """The model and its adapter, an empty one where none is named."""
     from fabric_jax.checkpoints.adapters import load_adapter, read_lora_config
     from fabric_jax.checkpoints.loading import load_base, weights_form
@@ -132,6 +147,8 @@ def _load(config: EvaluateConfig) -> "tuple[LoadedBase, Tree]":
         act_quant=None if config.act_quant == "auto" else config.act_quant,
         seed=config.seed,
         lora=lora,
+        embedding_dtype=None if config.embedding_dtype == "same" else config.embedding_dtype,
+        implementation=None if config.implementation == "auto" else config.implementation,
     )
     return loaded, load_adapter(config.adapter, loaded.definition) if config.adapter else {}
 

@@ -14,8 +14,12 @@ from fabric_jax.errors import FabricError, unknown_name
 COMMANDS = {
     "quickstart": "train, pack, fine-tune and evaluate a tiny model; needs no file and no network",
     "finetune": "LoRA-fine-tune a packed model on your rows",
+    "pretrain": "train all weights: from scratch, a dense model to ternary, a packed one further",
+    "generate": "continue a prompt or a file of prompts, or chat, with one adapter or several",
     "evaluate": "perplexity and task accuracy of a model, with and without its adapter",
     "convert": "write a model or an adapter in another format: transformers, GGUF, PEFT",
+    "sweep": "measure the cells of an experiment, each in a process of its own",
+    "report": "tables, verdicts and figures from the records of sweeps",
     "memory": "what a fine-tuning job needs: by dimensions, as compiled, as measured",
     "models": "list the models that go by a name",
     "doctor": "what this machine offers, what is missing and how to install it",

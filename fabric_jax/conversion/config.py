@@ -7,6 +7,8 @@ from fabric_jax.errors import FabricError
 
 Target = Literal[
     "native",
+    "ternary2",
+    "hf",
     "hf-packed",
     "hf-bf16",
     "hf-f32",
@@ -17,6 +19,9 @@ Target = Literal[
     "peft",
     "gguf-adapter",
 ]
+
+ALIASES: dict[Target, Target] = {"ternary2": "native", "hf": "hf-packed"}
+"""Other words for a format."""
 
 TERNARY: frozenset[Target] = frozenset({"native", "hf-packed", "gguf-tq1_0", "gguf-tq2_0"})
 """Formats whose linears are codes, where the model is ternary."""
@@ -30,13 +35,14 @@ class ConvertConfig:
     """Writes a model, or an adapter of it, in another format.
 
     Attributes:
-        model: a folder of fabric_jax or transformers, a .gguf file or a hub id; the first word
-            after the command will do.
+        model: a folder of fabric_jax or transformers, the output of a pretrain run, a .gguf file or
+            a hub id; the first word after the command will do.
         output: folder or .gguf file to write; the second word will do. One of the same kind is
             replaced, nothing else is.
-        to: the format. native: a folder of fabric_jax; hf-packed, hf-bf16, hf-f32: one that
-            transformers loads, with packed codes, or with floats that it quantises as it uses them;
-            gguf-...: a file for llama.cpp; peft, gguf-adapter: the adapter alone.
+        to: the format. native or ternary2: a folder of fabric_jax; hf-packed (or hf), hf-bf16,
+            hf-f32: one that transformers loads, with packed codes, or with floats that it
+            quantises as it uses them; gguf-...: a file for llama.cpp; peft, gguf-adapter: the
+            adapter alone.
         adapter: an adapter of the model, a folder in PEFT's layout or a .gguf file. It is converted
             by itself (to peft and gguf-adapter) or merged into the model.
         reternarise: merge the adapter into ternary weights all the same, and measure what that

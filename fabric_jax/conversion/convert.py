@@ -13,7 +13,7 @@ from fabric_jax.checkpoints.loading import open_source
 from fabric_jax.checkpoints.native_write import write_native
 from fabric_jax.checkpoints.peft import save_adapter
 from fabric_jax.checkpoints.source import ModelSource
-from fabric_jax.conversion.config import DENSE, OF_ADAPTERS, TERNARY, ConvertConfig
+from fabric_jax.conversion.config import ALIASES, DENSE, OF_ADAPTERS, TERNARY, ConvertConfig
 from fabric_jax.conversion.damage import Damage, Run, measure_damage, text_rows
 from fabric_jax.conversion.output import check_output
 from fabric_jax.conversion.sizes import Sizes, measure_sizes
@@ -58,6 +58,7 @@ def convert(config: ConvertConfig, report: Report = lambda _: None) -> Converted
         FabricError: the source is damaged, the format can't hold it, the output is something else,
             or an adapter would be merged into ternary weights without being told to.
     """
+    config = replace(config, to=ALIASES.get(config.to, config.to))
     output = Path(config.output).expanduser()
     check_output(config, output)
     with warnings.catch_warnings(record=True) as warned:

@@ -3,29 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Int32
 from numpy.typing import NDArray
 
 from fabric_jax.data.tokenizer import Tokenizer
 from fabric_jax.errors import FabricError
+from fabric_jax.evaluation.divergence import BLOCK, Run, log_softmax, make_logits
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
-
-BLOCK = 32
-"""Positions whose logits exist at once in float64."""
-
-
-class Run(NamedTuple):
-    """A model with its weights."""
-
-    definition: DecoderDefinition
-    base: Tree
-    adapter: Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +68,7 @@ def measure_damage(
     """
     run_before, run_after = _make_hidden(before.definition), _make_hidden(after.definition)
     zeros = jax.tree.map(jnp.zeros_like, before.adapter)
-    head_before, head_after = _make_logits(before), _make_logits(after)
+    head_before, head_after = make_logits(before), make_logits(after)
     kl: list[NDArray[np.float64]] = []
     same: list[NDArray[np.bool_]] = []
     losses: list[NDArray[np.float64]] = []
@@ -97,7 +87,7 @@ def measure_damage(
             part = slice(start, start + BLOCK)
             targets = row[1:][part]
             plain, p, q = (
-                _log_softmax(head(h[0, part])[: len(targets)])
+                log_softmax(head(h[0, part])[: len(targets)])
                 for head, h in zip((head_before, head_before, head_after), hidden, strict=True)
             )
             kl.append(np.sum(np.exp(p) * (p - q), axis=-1))
@@ -146,22 +136,6 @@ def _make_hidden(
         return decoder(tokens, row, jnp.ones_like(tokens))
 
     return hidden
-
-
-def _make_logits(run: Run) -> Callable[[jax.Array], Float32[Array, "B V"]]:
-    """``hidden [B, D] -> logits [B, V]``, compiled."""
-
-    @jax.jit
-    def logits(base: Tree, adapter: Tree, hidden: jax.Array) -> jax.Array:
-        return run.definition.bind(base, adapter).logits(hidden)
-
-    return lambda hidden: logits(run.base, run.adapter, hidden)
-
-
-def _log_softmax(logits: jax.Array) -> NDArray[np.float64]:
-    values = np.asarray(logits, np.float64)
-    values -= values.max(-1, keepdims=True)
-    return values - np.log(np.exp(values).sum(-1, keepdims=True))
 
 
 def _summary(

@@ -153,7 +153,7 @@ class BatchStream:
         """The documents of each row, rows in the order in which they are batched."""
         order = np.arange(len(self._documents))
         if self._seed is not None:
-            order = _shuffled(len(order), self._seed, epoch, "documents")
+            order = shuffled(len(order), self._seed, epoch, "documents")
         if not self._shape.packing:
             return list(order[:, None])
         bins = first_fit(self._documents.positions[order], self._shape.max_length)
@@ -163,7 +163,7 @@ class BatchStream:
         if self._seed is None:
             return rows
         # First-fit leaves early rows with many short documents, so rows are shuffled too.
-        return [rows[i] for i in _shuffled(len(rows), self._seed, epoch, "rows")]
+        return [rows[i] for i in shuffled(len(rows), self._seed, epoch, "rows")]
 
     def _batches(self, epoch: int) -> Any:
         """The batches of an epoch as a grain data set with random access."""
@@ -240,7 +240,7 @@ def _assemble(documents: Documents, row: NDArray[np.int64], shape: BatchShape) -
     return Batch(**fields)
 
 
-def _shuffled(n: int, *stream: int | str) -> NDArray[np.int64]:
+def shuffled(n: int, *stream: int | str) -> NDArray[np.int64]:
     """A permutation of ``range(n)`` named by (seed, epoch, use), int64 [n].
 
     It sorts raw words of a counter-based generator: numpy promises that these never change, as it

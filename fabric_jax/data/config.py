@@ -15,7 +15,8 @@ class DataConfig:
 
     data: str
     """Rows to train on: a .jsonl, .json or .parquet file, a folder of them, or a data set of the
-    Hugging Face hub as org/name[/configuration][@revision][:split] (split "train" by default)."""
+    Hugging Face hub as org/name[/configuration][@revision][:split] (split "train" by default), or
+    stdlib: source and documentation of this Python's standard library."""
 
     eval_data: str = ""
     """Rows to evaluate on, given like data (hub split "validation" by default)."""

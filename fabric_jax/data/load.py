@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fabric_jax.data.batch import BatchSource
 from fabric_jax.data.batch_stream import BatchShape, BatchStream
 from fabric_jax.data.config import DataConfig
 from fabric_jax.data.documents import Fitted, fit_documents
@@ -33,14 +34,17 @@ class Data:
         summary: what became of the training rows.
         evaluation_summary: the same of the evaluation rows.
         fingerprint: digest of rows, settings and tokenizer; equal ones give equal batches.
+        evaluation_bytes: UTF-8 bytes of the text behind all evaluation targets, for bits per byte;
+            None where it isn't known.
     """
 
-    train: BatchStream
-    evaluation: BatchStream | None
+    train: BatchSource
+    evaluation: BatchSource | None
     labelled: tuple[LabelledRow, ...]
     summary: DataSummary
     evaluation_summary: DataSummary | None
     fingerprint: str
+    evaluation_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from fabric_jax.data.stdlib import STDLIB, stdlib_documents
 from fabric_jax.errors import FabricError, unknown_name
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -40,13 +41,17 @@ def read_records(source: str, *, split: str) -> Iterator[Record]:
     """Yields the records of a file, a folder or a hub data set.
 
     Args:
-        source: a path, a folder (``folder:split`` for one of its parts) or
-            ``org/name[/configuration][@revision][:split]``.
+        source: a path, a folder (``folder:split`` for one of its parts),
+            ``org/name[/configuration][@revision][:split]``, or ``stdlib``, Python's own library.
         split: the part to read where ``source`` names none.
 
     Raises:
         FabricError: nothing there, unreadable, empty, or malformed (with file, line and reason).
     """
+    if source == STDLIB:
+        for name, text in stdlib_documents():
+            yield Record(f"{STDLIB}/{name}", {"text": text})
+        return
     path = Path(source).expanduser()
     folder, _, part = source.rpartition(":")
     if path.is_file():

@@ -1,8 +1,8 @@
 """Prompts of token ids to generated token ids: checks, buckets, batches."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +11,21 @@ from numpy.typing import NDArray
 
 from fabric_jax.errors import FabricError
 from fabric_jax.generation.config import GenerationConfig
-from fabric_jax.generation.programs import Decode, Prefill, make_decode, make_prefill
-from fabric_jax.generation.sampling import sampling_of
+from fabric_jax.generation.programs import Program, Weights, make_decode, make_prefill
+from fabric_jax.generation.session import Batch, Cached, Generated, Session, Stats, pad_right
+from fabric_jax.layers.kv_cache import KVCache, empty_cache
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
 
+__all__ = ["Cached", "Generator", "bucket", "check_ids", "make_generator", "pad_right"]
+
 SMALLEST_BUCKET = 16
-_STOP_BUCKET = 8
+WATCHED_STEPS = 16
+"""Steps of one dispatch where the caller looks at the tokens in between."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Generated:
-    """What followed one prompt.
-
-    Attributes:
-        tokens: new token ids, the stop token included where there was one.
-        finish: whether a stop token or the limit of new tokens ended it.
-    """
-
-    tokens: tuple[int, ...]
-    finish: Literal["stop", "length"]
-
-    @property
-    def answer(self) -> tuple[int, ...]:
-        """The tokens without the stop token."""
-        return self.tokens[:-1] if self.finish == "stop" else self.tokens
+Watch = Callable[[int, tuple[int, ...]], bool]
+"""``(prompt, its new tokens so far) -> whether it has ended``, asked between dispatches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +33,9 @@ class Generator:
     """The programs of one model; each is compiled once for a batch, prompt bucket and capacity."""
 
     config: ModelConfig
-    prefill: Prefill
-    decode: Decode
+    dtype: str
+    prefill: Program
+    decode: Program
 
     def __call__(
         self,
@@ -53,70 +43,151 @@ class Generator:
         adapter: Tree,
         prompts: Sequence[Sequence[int]],
         settings: GenerationConfig,
+        *,
+        adapter_ids: Sequence[int] | None = None,
+        watch: Watch | None = None,
+        report: Callable[[Stats], None] | None = None,
     ) -> list[Generated]:
         """Continues every prompt; the results are in the order of the prompts.
+
+        Args:
+            base: the base weights.
+            adapter: the adapter, or a stack of several (``generation.adapters``).
+            prompts: token ids.
+            settings: how.
+            adapter_ids: of a stack, each prompt's.
+            watch: ends rows between dispatches, which then are of ``WATCHED_STEPS`` steps.
+            report: is given the times of every batch.
 
         Raises:
             FabricError: a prompt is empty, has an id outside the vocabulary, or doesn't fit the
                 model or the cache with ``max_new_tokens`` after it.
         """
-        rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
-        _check_prompts(rows, self.config, settings)
+        rows = self.check(prompts, settings)
         size = settings.batch_size or len(rows)
         by_length = sorted(range(len(rows)), key=lambda i: -rows[i].size)
         results: dict[int, Generated] = {}
         for start in range(0, len(rows), max(size, 1)):
             members = by_length[start : start + size]
-            batch = [rows[i] for i in members]
-            answers = self._run(base, adapter, batch, members, size, settings)
-            results.update(zip(members, answers, strict=True))
+            weights = _weights(base, adapter, adapter_ids, members, size)
+            batch = self._batch([rows[i] for i in members], members, size, settings)
+            session = self._session(weights, batch, settings)
+            session.start(self._empty(batch, settings))
+            _run(session, members, watch)
+            results |= {i: session.generated(row) for row, i in enumerate(members)}
+            if report is not None:
+                report(session.stats)
         return [results[i] for i in range(len(rows))]
 
-    def _run(
+    def start(
         self,
         base: Tree,
         adapter: Tree,
+        prompt: Sequence[int],
+        settings: GenerationConfig,
+        *,
+        adapter_id: int | None = None,
+        cached: Cached | None = None,
+    ) -> Session:
+        """A session of one prompt, read and ready to be advanced.
+
+        What ``cached`` has in common with the prompt is not computed again.
+
+        Raises:
+            FabricError: as ``__call__``.
+        """
+        row = self.check([prompt], settings)[0]
+        ids = None if adapter_id is None else [adapter_id]
+        weights = _weights(base, adapter, ids, [0], 1)
+        batch = self._batch([row], [0], 1, settings)
+        if cached is None or row.size + settings.max_new_tokens > cached.cache.capacity:
+            session = self._session(weights, batch, settings)
+            session.start(self._empty(batch, settings))
+            return session
+        # The last token is read by the first decode step and has to be among the new ones.
+        kept = min(_common(cached.tokens, prompt), row.size - 1)
+        width = bucket(row.size - kept, cached.cache.capacity)
+        slots = bucket(row.size, cached.cache.capacity)
+        batch = replace(batch, rows=[row[kept:]], starts=[kept], width=width, slots=slots)
+        session = self._session(weights, batch, settings)
+        session.start(cached.cache)
+        return session
+
+    def check(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationConfig
+    ) -> list[NDArray[np.int64]]:
+        """The prompts as arrays.
+
+        Raises:
+            FabricError: one of them is empty, has an id outside the vocabulary, or doesn't fit.
+        """
+        rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
+        _check_prompts(rows, self.config, settings)
+        return rows
+
+    def _session(self, weights: Weights, batch: Batch, settings: GenerationConfig) -> Session:
+        return Session(
+            prefill=self.prefill,
+            decode=self.decode,
+            weights=weights,
+            batch=batch,
+            settings=settings,
+        )
+
+    def _batch(
+        self,
         rows: list[NDArray[np.int64]],
         streams: list[int],
         size: int,
         settings: GenerationConfig,
-    ) -> list[Generated]:
-        """One batch, filled to ``size`` rows; ``streams`` number the rows' random streams."""
-        limit = self.config.max_length
+    ) -> Batch:
+        """A batch of prompts of which nothing is cached."""
         longest = max(row.size for row in rows)
-        capacity = settings.cache_length or bucket(longest + settings.max_new_tokens, limit)
-        tokens, lengths = pad_right(rows, size, bucket(longest, capacity))
-        root = jax.random.key(settings.seed)
-        numbers = jnp.asarray(streams + [0] * (size - len(rows)), jnp.int32)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, numbers)
-        stops = list(settings.stop_tokens)
-        stops += [-1] * (-len(stops) % _STOP_BUCKET or (0 if stops else _STOP_BUCKET))
-        method, sampling = sampling_of(settings)
-        state = self.prefill(base, adapter, jnp.asarray(tokens), jnp.asarray(lengths), capacity)
-        state = self.decode(
-            base,
-            adapter,
-            state,
-            keys,
-            sampling,
-            jnp.asarray(stops, jnp.int32),
-            jnp.int32(settings.max_new_tokens),
-            method,
+        capacity = self._capacity(longest, settings)
+        width, seen = bucket(longest, capacity), None
+        if settings.repetition_penalty != 1:
+            seen = np.zeros((size, self.config.vocab_size), np.bool_)
+            for i, row in enumerate(rows):
+                seen[i, row] = True
+        starts = [0] * len(rows)
+        return Batch(
+            rows=rows,
+            starts=starts,
+            size=size,
+            streams=streams,
+            width=width,
+            slots=width,
+            seen=seen,
         )
-        generated, counts, done = jax.device_get((state.generated, state.counts, state.done))
-        return [
-            Generated(
-                tokens=tuple(generated[i, : counts[i]].tolist()),
-                finish="stop" if done[i] else "length",
-            )
-            for i in range(len(rows))
-        ]
+
+    def _capacity(self, longest: int, settings: GenerationConfig) -> int:
+        limit = self.config.max_length
+        return settings.cache_length or bucket(longest + settings.max_new_tokens, limit)
+
+    def _empty(self, batch: Batch, settings: GenerationConfig) -> KVCache:
+        longest = max(row.size for row in batch.rows)
+        return _empty_cache(
+            self.config.num_layers,
+            batch.size,
+            self._capacity(longest, settings),
+            self.config.num_kv_heads,
+            self.config.head_dim,
+            settings.cache_dtype or self.dtype,
+        )
+
+
+@partial(jax.jit, static_argnums=range(6))
+def _empty_cache(
+    layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: str
+) -> KVCache:
+    return empty_cache(layers, batch, capacity, kv_heads, head_dim, dtype)
 
 
 def make_generator(definition: DecoderDefinition) -> Generator:
     """The generator of a model; keep it, since what it compiles lives as long as it does."""
     return Generator(
         config=definition.config,
+        dtype=jnp.dtype(definition.options.dtype).name,
         prefill=make_prefill(definition),
         decode=make_decode(definition),
     )
@@ -125,18 +196,6 @@ def make_generator(definition: DecoderDefinition) -> Generator:
 def bucket(length: int, limit: int) -> int:
     """The power of two, at least 16, that ``length`` fits in; at most ``limit``."""
     return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
-
-
-def pad_right(
-    rows: Sequence[NDArray[np.int64]], size: int, width: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Token ids int32 [size, width], zeros behind each row, and the rows' lengths int32 [size]."""
-    tokens = np.zeros((size, width), np.int32)
-    lengths = np.zeros(size, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : row.size] = row
-        lengths[i] = row.size
-    return tokens, lengths
 
 
 def check_ids(tokens: NDArray[np.int64], vocab_size: int, what: str) -> None:
@@ -149,6 +208,43 @@ def check_ids(tokens: NDArray[np.int64], vocab_size: int, what: str) -> None:
             found=str(wrong),
             fix="Use the tokenizer that belongs to the model",
         )
+
+
+def _run(session: Session, members: Sequence[int], watch: Watch | None) -> None:
+    """Advances a session to its end; the first step alone, so that its time is known."""
+    session.advance(1)
+    while not session.done:
+        if watch is not None:
+            for row, i in enumerate(members):
+                if watch(i, session.tokens(row)):
+                    session.end(row)
+            if session.done:
+                break
+        limit = session.settings.max_new_tokens
+        session.advance(limit if watch is None else WATCHED_STEPS)
+
+
+def _weights(
+    base: Tree,
+    adapter: Tree,
+    adapter_ids: Sequence[int] | None,
+    members: Sequence[int],
+    size: int,
+) -> Weights:
+    if adapter_ids is None:
+        return Weights(base=base, adapter=adapter)
+    own = [adapter_ids[i] for i in members] + [0] * (size - len(members))
+    return Weights(base=base, adapter=adapter, adapter_ids=jnp.asarray(own, jnp.int32))
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many leading tokens both have."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
 
 
 def _check_prompts(

@@ -1,16 +1,23 @@
 """The two compiled programs of generation: prefill and decode."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
-from fabric_jax.generation.sampling import Method, Sampling, choose_tokens
-from fabric_jax.layers.kv_cache import KVCache, empty_cache
+from fabric_jax.generation.sampling import (
+    Method,
+    Sampling,
+    choose_tokens,
+    penalize,
+    token_log_probs,
+)
+from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
 
@@ -28,6 +35,8 @@ class DecodeState:
         counts: new tokens of each row, a stop token included.
         done: rows that have met a stop token, or never began.
         step: decode steps done.
+        log_probs: of the new tokens, nats; None where nobody asked.
+        seen: tokens of the prompt and the answer; None without a repetition penalty.
     """
 
     cache: KVCache
@@ -37,93 +46,164 @@ class DecodeState:
     counts: Int32[Array, "B"]
     done: Bool[Array, "B"]
     step: Int32[Array, ""]
+    log_probs: Float32[Array, "B S"] | None = None
+    seen: Bool[Array, "B V"] | None = None
 
 
-Prefill = Callable[[Tree, Tree, jax.Array, jax.Array, int], DecodeState]
-Decode = Callable[
-    [Tree, Tree, DecodeState, jax.Array, Sampling, jax.Array, jax.Array, Method], DecodeState
-]
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a program computes with.
 
-
-def make_prefill(definition: DecoderDefinition) -> Prefill:
-    """Compiled ``(base, adapter, prompts[B, T], lengths[B], capacity) -> DecodeState``.
-
-    Prompts are padded on the right with any token; a row of length 0 is padding and generates
-    nothing. The last token of a prompt is left to the first decode step, so that the head and the
-    choice of tokens are in one program. What padding writes into the cache lies beyond
-    ``lengths`` and is overwritten before a query may see it.
+    Attributes:
+        base: the base tree.
+        adapter: the adapter tree, or a stack of several.
+        adapter_ids: of such a stack, the number of each row's, int32 [B]; else None.
     """
-    config, dtype = definition.config, definition.options.dtype
 
-    @partial(jax.jit, static_argnums=(4,))
+    base: Tree
+    adapter: Tree
+    adapter_ids: jax.Array | None = None
+
+
+@dataclass(kw_only=True)
+class Program:
+    """A jitted function that is compiled once for each layout of its arguments, and says when.
+
+    Attributes:
+        function: what is compiled; its static arguments are given by name.
+        compile_seconds: spent so far.
+        compiled: what exists, by layout.
+    """
+
+    function: Any
+    compile_seconds: float = 0.0
+    compiled: dict[Any, Any] = field(default_factory=dict[Any, Any])
+
+    def __call__(self, *arguments: Any, **static: Any) -> DecodeState:
+        """The function's result."""
+        leaves, tree = jax.tree.flatten(arguments)
+        layout = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
+        key = (tree, layout, tuple(sorted(static.items())))
+        if key not in self.compiled:
+            start = time.perf_counter()
+            self.compiled[key] = self.function.lower(*arguments, **static).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self.compiled[key](*arguments)
+
+
+def make_prefill(definition: DecoderDefinition) -> Program:
+    """``(weights, cache, prompts[B, T], starts[B], lengths[B], seen, *, slots, log_probs)``.
+
+    Returns the state before the first decode step. ``prompts`` are the tokens from position
+    ``starts`` on, below which the cache holds what they follow; ``lengths`` count them. They are
+    padded on the right with any token; a row of length 0 is padding and generates nothing. The last
+    token of a prompt is left to the first decode step, so that the head and the choice of tokens
+    are in one program. What padding writes into the cache lies beyond the row's length and is
+    overwritten before a query may see it. The cache is donated; no prompt reaches beyond ``slots``
+    of it. ``seen`` goes into the state.
+    """
+
+    @partial(jax.jit, static_argnames=("slots", "log_probs"), donate_argnums=(1,))
     def prefill(
-        base: Tree,
-        adapter: Tree,
+        weights: Weights,
+        cache: KVCache,
         prompts: Int32[Array, "B T"],
+        starts: Int32[Array, "B"],
         lengths: Int32[Array, "B"],
-        capacity: int,
+        seen: Bool[Array, "B V"] | None,
+        *,
+        slots: int,
+        log_probs: bool,
     ) -> DecodeState:
         batch, width = prompts.shape
-        cache = empty_cache(
-            config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, dtype
+        positions = starts[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
+        _, cache = definition.bind(weights.base, weights.adapter).extend(
+            prompts, positions, cache, slots=slots, adapter_ids=weights.adapter_ids
         )
-        positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (batch, width))
-        _, cache = definition.bind(base, adapter).extend(prompts, positions, cache)
         before_last = jnp.maximum(lengths - 1, 0)
+        shape = (batch, cache.capacity)
         return DecodeState(
             cache=cache,
-            lengths=before_last,
+            lengths=starts + before_last,
             last=jnp.take_along_axis(prompts, before_last[:, None], axis=1)[:, 0],
-            generated=jnp.zeros((batch, capacity), jnp.int32),
+            generated=jnp.zeros(shape, jnp.int32),
             counts=jnp.zeros(batch, jnp.int32),
             done=lengths == 0,
             step=jnp.int32(0),
+            log_probs=jnp.zeros(shape, jnp.float32) if log_probs else None,
+            seen=seen,
         )
 
-    return prefill
+    return Program(function=prefill)
 
 
-def make_decode(definition: DecoderDefinition) -> Decode:
-    """Compiled ``(base, adapter, state, keys[B], sampling, stops[N], limit[], method) -> state``.
+def make_decode(definition: DecoderDefinition) -> Program:
+    """``(weights, state, keys[B], sampling, stops[N], limit[], ended[B], *, method) -> state``.
 
     Runs on the device until ``limit`` steps are done since prefill or every row is. ``stops`` are
-    token ids (-1 matches none); token t of row i is drawn with ``keys[i]`` folded with t. The state
-    is donated, and the one returned can be passed in again with a higher limit.
+    token ids (-1 matches none); token t of row i is drawn with ``keys[i]`` folded with t; rows that
+    ``ended`` are done before the first step. The state is donated, and the one returned can be
+    passed in again with a higher limit.
     """
 
-    @partial(jax.jit, static_argnums=(7,), donate_argnums=(2,))
+    @partial(jax.jit, static_argnames=("method",), donate_argnums=(1,))
     def decode(
-        base: Tree,
-        adapter: Tree,
+        weights: Weights,
         state: DecodeState,
         keys: jax.Array,
         sampling: Sampling,
         stops: Int32[Array, "N"],
         limit: Int32[Array, ""],
+        ended: Bool[Array, "B"],
+        *,
         method: Method,
     ) -> DecodeState:
-        decoder = definition.bind(base, adapter)
+        decoder = definition.bind(weights.base, weights.adapter)
 
         def going(state: DecodeState) -> jax.Array:
             return (state.step < limit) & ~jnp.all(state.done)
 
         def advance(state: DecodeState) -> DecodeState:
-            hidden, cache = decoder.extend(state.last[:, None], state.lengths[:, None], state.cache)
-            step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
-            token = choose_tokens(decoder.logits(hidden[:, 0]), step_keys, sampling, method)
-            token = jnp.where(state.done, 0, token)
-            stopped = jnp.any(token[:, None] == stops[None, :], axis=1)
-            return replace(
-                state,
-                cache=cache,
-                lengths=state.lengths + 1,
-                last=token,
-                generated=state.generated.at[:, state.step].set(token),
-                counts=jnp.where(state.done, state.counts, state.step + 1),
-                done=state.done | stopped,
-                step=state.step + 1,
+            hidden, cache = decoder.extend(
+                state.last[:, None],
+                state.lengths[:, None],
+                state.cache,
+                adapter_ids=weights.adapter_ids,
             )
+            step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
+            logits = decoder.logits(hidden[:, 0])
+            scores = logits
+            if state.seen is not None:
+                scores = penalize(logits, state.seen, sampling)
+            token = choose_tokens(scores, step_keys, sampling, method)
+            token = jnp.where(state.done, 0, token)
+            return _taken(replace(state, cache=cache), token, logits, stops)
 
-        return lax.while_loop(going, advance, state)
+        return lax.while_loop(going, advance, replace(state, done=state.done | ended))
 
-    return decode
+    return Program(function=decode)
+
+
+def _taken(
+    state: DecodeState, token: jax.Array, logits: jax.Array, stops: jax.Array
+) -> DecodeState:
+    """The state after ``token`` [B] was chosen, with the cache of its step already in it."""
+    rows = jnp.arange(token.shape[0], dtype=jnp.int32)
+    seen, log_probs = state.seen, state.log_probs
+    if seen is not None:
+        seen = seen.at[rows, token].set(True)
+    if log_probs is not None:
+        log_probs = log_probs.at[:, state.step].set(token_log_probs(logits, token))
+    stopped = jnp.any(token[:, None] == stops[None, :], axis=1)
+    return replace(
+        state,
+        lengths=state.lengths + 1,
+        last=token,
+        generated=state.generated.at[:, state.step].set(token),
+        counts=jnp.where(state.done, state.counts, state.step + 1),
+        done=state.done | stopped,
+        step=state.step + 1,
+        log_probs=log_probs,
+        seen=seen,
+    )

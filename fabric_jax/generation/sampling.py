@@ -5,13 +5,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from fabric_jax.generation.config import GenerationConfig
 
 Method = Literal["greedy", "temperature", "filtered"]
-"""What is compiled: the most likely token, a draw from all, a draw from the top k or top p (which
-alone needs the vocabulary sorted)."""
+"""What is compiled: the most likely token, a draw from all, a draw from those that ``top_k``,
+``top_p`` and ``min_p`` leave."""
 
 
 @jax.tree_util.register_dataclass
@@ -22,6 +23,8 @@ class Sampling:
     temperature: Float32[Array, ""]
     top_k: Int32[Array, ""]
     top_p: Float32[Array, ""]
+    min_p: Float32[Array, ""]
+    repetition_penalty: Float32[Array, ""]
 
 
 def sampling_of(config: GenerationConfig) -> tuple[Method, Sampling]:
@@ -29,12 +32,14 @@ def sampling_of(config: GenerationConfig) -> tuple[Method, Sampling]:
     method: Method = "temperature"
     if config.temperature == 0 or config.top_k == 1:
         method = "greedy"
-    elif config.top_k or config.top_p < 1:
+    elif config.top_k or config.top_p < 1 or config.min_p:
         method = "filtered"
     return method, Sampling(
         temperature=jnp.float32(config.temperature),
         top_k=jnp.int32(config.top_k),
         top_p=jnp.float32(config.top_p),
+        min_p=jnp.float32(config.min_p),
+        repetition_penalty=jnp.float32(config.repetition_penalty),
     )
 
 
@@ -46,28 +51,81 @@ def choose_tokens(
         case "greedy":
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         case "temperature":
-            draws = jax.vmap(jax.random.categorical)(keys, logits / sampling.temperature)
-            return draws.astype(jnp.int32)
+            scores = logits / sampling.temperature
         case "filtered":
-            scores, order = filtered_scores(logits, sampling)
-            ranks = jax.vmap(jax.random.categorical)(keys, scores)
-            return jnp.take_along_axis(order, ranks[:, None], axis=-1)[:, 0]
+            scores = filtered_scores(logits, sampling)
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
-def filtered_scores(
-    logits: Float32[Array, "B V"], sampling: Sampling
-) -> tuple[Float32[Array, "B V"], Int32[Array, "B V"]]:
-    """Scaled logits from the most likely token down, -inf where left out, and the tokens' ids.
+def penalize(
+    logits: Float32[Array, "B V"], seen: Bool[Array, "B V"], sampling: Sampling
+) -> Float32[Array, "B V"]:
+    """Logits after the repetition penalty on tokens that were ``seen``."""
+    penalty = sampling.repetition_penalty
+    penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(seen, penalized, logits)
 
-    Temperature, then top k, then top p among what is left. Equal logits rank by id.
+
+def token_log_probs(
+    logits: Float32[Array, "B V"], tokens: Int32[Array, "B"]
+) -> Float32[Array, "B"]:
+    """The model's own log-probabilities of ``tokens``: no temperature, no filter, no penalty."""
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def filtered_scores(logits: Float32[Array, "B V"], sampling: Sampling) -> Float32[Array, "B V"]:
+    """Scaled logits, -inf where left out.
+
+    Temperature, then top k, then top p among what is left, then min p. Equal logits rank by id.
+    Nothing is sorted: both thresholds are found a bit at a time, which takes 32 sums over the
+    vocabulary each.
     """
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True).astype(jnp.int32)
-    scores = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
-    rank = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
-    keep = (rank < sampling.top_k) | (sampling.top_k == 0)
-    scores = jnp.where(keep, scores, -jnp.inf)
+    scores = logits / sampling.temperature
+    order = _ordered(scores)
+    ones = jnp.ones_like(scores)
+    kth = _threshold(order, ones, sampling.top_k.astype(jnp.float32))
+    tied = order == kth[:, None]
+    above = jnp.sum(order > kth[:, None], axis=-1, dtype=jnp.int32)[:, None]
+    # A tie's rank among its equals, from 1.
+    rank = jnp.cumsum(tied, axis=-1, dtype=jnp.int32)
+    keep = (order > kth[:, None]) | (tied & (above + rank <= sampling.top_k))
+    scores = jnp.where(keep | (sampling.top_k == 0), scores, -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1)
-    likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
+    scores = jnp.where(_nucleus(order, probabilities, sampling.top_p), scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    return jnp.where(scores - top >= jnp.log(sampling.min_p), scores, -jnp.inf)
+
+
+def _nucleus(
+    order: UInt32[Array, "B V"], probabilities: Float32[Array, "B V"], top_p: Float32[Array, ""]
+) -> Bool[Array, "B V"]:
+    """The tokens before which less than ``top_p`` has been gathered, from the most likely down."""
+    at = _threshold(order, probabilities, top_p)[:, None]
+    tied, above = order == at, order > at
+    before = jnp.cumsum(tied, axis=-1, dtype=jnp.float32) - tied.astype(jnp.float32)
+    gathered = jnp.sum(jnp.where(above, probabilities, 0), axis=-1, keepdims=True)
+    gathered = gathered + before * probabilities
     # The most likely token stays whatever rounding does to the sums.
-    keep = (likelier < sampling.top_p) | (sampling.top_p >= 1) | (rank == 0)
-    return jnp.where(keep, scores, -jnp.inf), order
+    likeliest = jnp.arange(order.shape[-1])[None] == jnp.argmax(order, axis=-1)[:, None]
+    return above | (tied & (gathered < top_p)) | likeliest | (top_p >= 1)
+
+
+def _threshold(
+    order: UInt32[Array, "B V"], weights: Float32[Array, "B V"], least: Float32[Array, ""]
+) -> UInt32[Array, "B"]:
+    """The largest t for which the tokens of ``order >= t`` weigh ``least`` together."""
+
+    def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        weight = jnp.sum(jnp.where(order >= candidate[:, None], weights, 0), axis=-1)
+        return jnp.where(weight >= least, candidate, found)
+
+    return lax.fori_loop(0, 32, add_bit, jnp.zeros(order.shape[0], jnp.uint32))
+
+
+def _ordered(scores: Float32[Array, "B V"]) -> UInt32[Array, "B V"]:
+    """Integers in the order of the floats: negative ones have their bits turned."""
+    bits = lax.bitcast_convert_type(scores + jnp.float32(0), jnp.int32)
+    signed = bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
+    return lax.bitcast_convert_type(signed, jnp.uint32) ^ jnp.uint32(1 << 31)

@@ -1,17 +1,20 @@
 """Causal self-attention with grouped key/value heads."""
 
 from functools import partial
+from typing import Literal
 
 import jax
-from fabric_kernels.attention import Angles, attention
+from fabric_kernels.attention import Angles, attention, cudnn_attention
 from fabric_kernels.ternary_matmul import Implementation
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
+from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_after
 from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.residuals import Twin, on_both
 from fabric_jax.layers.rope import rotate
+
+AttentionChoice = Literal["auto", "cudnn", "cudnn-causal"]
 
 
 def attend(
@@ -23,14 +26,20 @@ def attend(
     *,
     angles: Angles | None = None,
     implementation: Implementation | None = None,
+    choice: AttentionChoice = "auto",
 ) -> Float[Array, "B T H hd"]:
     """``softmax(scale · q·k^T)·v`` where ``mask`` is true; the softmax in float32.
 
     Without a scale it is ``1 / sqrt(hd)``. With angles q and k are turned first, see
     :func:`fabric_jax.layers.rope.rotary_angles`. ``implementation`` says what runs; ``None`` picks.
     Query heads share key/value heads in order: head h reads h // (H / K). A query that sees nothing
-    (padding) gets the mean of all values, which nothing reads.
+    (padding) gets the mean of all values, which nothing reads. ``choice`` may name cuDNN's
+    attention instead; ``cudnn-causal`` lets a query see all keys before it and reads no mask.
     """
+    if choice != "auto":
+        return cudnn_attention(
+            q, k, v, None if choice == "cudnn-causal" else mask, scale=scale, angles=angles
+        )
     return attention(q, k, v, mask, scale=scale, angles=angles, implementation=implementation)
 
 
@@ -69,7 +78,7 @@ class Attention(nnx.Module):
         def norm(size: int, eps: float | None) -> RMSNorm | None:
             if eps is None:
                 return None
-            dtype, stack = options.dtype, options.stack
+            dtype, stack = options.norm_dtype or options.dtype, options.stack
             return RMSNorm(
                 size,
                 eps=eps,
@@ -86,17 +95,20 @@ class Attention(nnx.Module):
 
     def project(
         self,
+        norm: RMSNorm | None,
         x: Float[Array, "B T D"] | Twin,
         angles: Angles | None,
         context: LayerContext | None,
     ) -> tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]:
-        """Queries, keys and values [B, T, heads, hd], queries and keys normalised and turned.
+        """Queries, keys and values [B, T, heads, hd] of ``norm(x)``, the first two turned.
+
+        Where the model has norms for queries and keys, they are normalised before.
 
         Without angles they are not turned: :func:`attend` does it.
         """
         q, k, v = (
             on_both(partial(split_heads, self.head_dim), y)
-            for y in apply_together([self.q, self.k, self.v], x, context)
+            for y in apply_after(norm, [self.q, self.k, self.v], x, context)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = on_both(self.q_norm, q), on_both(self.k_norm, k)
@@ -105,10 +117,11 @@ class Attention(nnx.Module):
         return q, k, v
 
     def close(
-        self, heads: Float[Array, "B T H hd"] | Twin, context: LayerContext | None
+        self,
+        heads: Float[Array, "B T H hd"] | Twin,
+        context: LayerContext | None,
+        residual: jax.Array | Twin | None = None,
     ) -> jax.Array | Twin:
-        """Joins the heads to [B, T, D]."""
+        """Joins the heads to [B, T, D], added to a residual where there is one."""
         x = on_both(join_heads, heads)
-        if self.sub_norm is not None:
-            x = on_both(self.sub_norm, x)
-        return self.o(x, context)
+        return apply_after(self.sub_norm, [self.o], x, context, residual)[0]

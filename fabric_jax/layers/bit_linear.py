@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
@@ -13,6 +13,7 @@ from fabric_kernels import (
     FrozenWeight,
     LowRank,
     Packing,
+    Prologue,
     TernaryWeight,
     frozen_matmul,
     low_rank_product,
@@ -25,16 +26,19 @@ from jax.typing import DTypeLike
 
 from fabric_jax.layers.dot import linear
 from fabric_jax.layers.lora import Lora, LoraConfig
+from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, declare_base
 from fabric_jax.layers.residuals import Twin, as_codes, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_blocks, table_bits
 from fabric_jax.parallel.axes import Cut, cut_of
 from fabric_jax.parallel.linears import Plan, partitioned_linears
-from fabric_jax.parallel.masters import quantize_parts
+from fabric_jax.parallel.masters import gather_parts, quantize_parts
 from fabric_jax.parallel.mesh import MeshShape
 from fabric_jax.quantization.absmax import ActQuant
+from fabric_jax.quantization.master_linear import master_linear
 from fabric_jax.quantization.packed_linear import packed_linears
-from fabric_jax.quantization.straight_through import fake_quantize_activation, quantize_weight
+from fabric_jax.quantization.ste_options import SteOptions
+from fabric_jax.quantization.straight_through import fake_quantize_activation
 
 BaseMode = Literal["packed", "master", "float"]
 """``packed``: frozen codes of 2 or 1.6 bits. ``master``: float weights, quantised in every forward
@@ -64,6 +68,8 @@ class LinearOptions:
         packing: layout of packed weights.
         float_format: how weights in the mode ``float`` are stored.
         mesh: what ternary weights are cut along; arrays are then parts, within ``shard_map``.
+        norm_dtype: of the gains of norms; None for ``dtype``.
+        ste: what masters and their inputs go through.
     """
 
     mode: BaseMode
@@ -76,6 +82,8 @@ class LinearOptions:
     packing: Packing = "ternary2"
     float_format: FloatFormat = "same"
     mesh: MeshShape = field(default_factory=MeshShape)
+    norm_dtype: DTypeLike | None = None
+    ste: SteOptions = field(default_factory=SteOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +96,16 @@ class LayerContext:
             layer's own. None: so are these.
         dropout_key: of this layer; None for no dropout.
         int8_residuals: whether outputs of linears are twins, see ``layers.residuals``.
+        adapter_ids: int32 [B], which adapter of a stack each row of the batch has; None for the
+            one adapter that there is.
+        strength: float32 [], how far masters are quantised yet; None for entirely.
     """
 
     index: jax.Array | None = None
     dropout_key: jax.Array | None = None
     int8_residuals: bool = False
+    adapter_ids: jax.Array | None = None
+    strength: jax.Array | None = None
 
 
 def float_dtype(float_format: FloatFormat, dtype: DTypeLike) -> str:
@@ -142,6 +155,7 @@ class BitLinear(nnx.Module):
             width = packed_width(k, options.packing) if options.mode == "packed" else k
             self.cut = cut_of(name, n, width, options.mesh)
         self.k = k
+        self.name = name
         self.options = options
         self.stream = zlib.crc32(name.encode())
 
@@ -171,14 +185,30 @@ class BitLinear(nnx.Module):
             return frozen_matmul(x, self.frozen(context))
         if options.mode == "float":
             return linear(x, self.weight[...])
-        values = fake_quantize_activation(x, options.act_quant)
+        key = _key(context)
+        key = None if key is None else jax.random.fold_in(key, self.stream)
+        strength = None if context is None else context.strength
+        weight = self.weight[...]
         if self.cut != Cut():
-            return linear(values, quantize_parts(self.cut, self.weight[...]))
-        return linear(values, quantize_weight(self.weight[...]))
+            if strength is None and replace(options.ste, product="float") == SteOptions():
+                values = fake_quantize_activation(x, options.act_quant)
+                return linear(values, quantize_parts(self.cut, weight))
+            weight = gather_parts(self.cut, weight)
+        return master_linear(
+            x,
+            weight,
+            name=self.name,
+            act_quant=options.act_quant,
+            ste=options.ste,
+            key=key,
+            strength=strength,
+        )
 
     def product(self, context: LayerContext | None) -> LowRank | None:
-        """The adapter as arrays; None where there is none or it drops channels of its input."""
+        """The adapter as arrays; None where there is none, it drops channels, or rows differ."""
         if self.lora is None or (self.lora.dropout > 0 and _key(context) is not None):
+            return None
+        if context is not None and context.adapter_ids is not None:
             return None
         return self.lora.product
 
@@ -186,7 +216,9 @@ class BitLinear(nnx.Module):
         self, x: jax.Array | Twin, y: jax.Array, context: LayerContext | None
     ) -> jax.Array | Twin:
         """``y`` plus the share of an adapter that is not in it yet, in the form that is kept."""
-        if self.lora is not None and self.product(context) is None:
+        if self.lora is not None and context is not None and context.adapter_ids is not None:
+            y = y + self.lora.of_rows(exact_form(x), context.adapter_ids)
+        elif self.lora is not None and self.product(context) is None:
             key = _key(context)
             assert key is not None
             y = y + joined(on_both(self.lora, x, jax.random.fold_in(key, self.stream)))
@@ -195,10 +227,46 @@ class BitLinear(nnx.Module):
         return checkpoint_name(y, LINEAR_OUTPUT)
 
 
-def apply_together(
-    linears: Sequence[BitLinear], x: jax.Array | Twin, context: LayerContext | None = None
+def apply_after(
+    norm: RMSNorm | None,
+    linears: Sequence[BitLinear],
+    x: jax.Array | Twin,
+    context: LayerContext | None,
+    residual: jax.Array | Twin | None = None,
 ) -> list[jax.Array | Twin]:
-    """The outputs of linears that share their input: it is quantised once."""
+    """The outputs of linears that share ``norm(x)``; that of one alone, added to a residual.
+
+    Some kernels compute all of it on the way.
+    """
+    prologue = Prologue() if norm is None else norm.prologue
+    if prologue is not None and takes_prologue(linears, x, context):
+        return apply_together(linears, x, context, prologue, residual)
+    outputs = apply_together(linears, x if norm is None else on_both(norm, x), context)
+    return outputs if residual is None else [on_both(jnp.add, residual, outputs[0])]
+
+
+def takes_prologue(
+    linears: Sequence[BitLinear], x: jax.Array | Twin, context: LayerContext | None
+) -> bool:
+    """Whether nothing but the linears' quantiser reads their input, nor is anything kept."""
+    options = linears[0].options
+    quantized = options.mode == "packed" and options.act_quant == "per_token"
+    kept = isinstance(x, Twin) or (context is not None and context.int8_residuals)
+    whole = all(one.cut == Cut() for one in linears)
+    return quantized and whole and not kept and all(one.lora is None for one in linears)
+
+
+def apply_together(
+    linears: Sequence[BitLinear],
+    x: jax.Array | Twin,
+    context: LayerContext | None = None,
+    prologue: Prologue | None = None,
+    residual: jax.Array | Twin | None = None,
+) -> list[jax.Array | Twin]:
+    """The outputs of linears that share their input: it is quantised once.
+
+    A prologue, and for one linear a residual, may be given where :func:`takes_prologue` says so.
+    """
     options = linears[0].options
     products = [one.product(context) for one in linears]
     cuts = tuple(one.cut for one in linears)
@@ -221,6 +289,8 @@ def apply_together(
             exact_form(x),
             [one.packed(context) for one in linears],
             products,
+            prologue=prologue,
+            residual=None if residual is None else exact_form(residual),
             kept=x.kept if isinstance(x, Twin) else None,
             act_quant=options.act_quant,
             implementation=options.implementation,

@@ -1,6 +1,7 @@
 """Next-token loss over a large vocabulary without the logits of all tokens at once."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,20 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from fabric_jax.errors import FabricError
-from fabric_jax.layers.dot import linear
+from fabric_jax.layers.dot import linear, linear_transposed
 
 LOGITS_TILE_BYTES = 8 << 20
+"""Of float32 logits at one time, unless the hidden states take more than half of that: a tile is
+then twice as large as they are, which is little beside a step on so many tokens and lets products
+with the head run at full speed."""
 
 _Head = jax.Array | BlockTable
+
+
+class _How(NamedTuple):
+    train_head: bool
+    z_loss: float
+    tile_bytes: int
 
 
 def tiled_cross_entropy(
@@ -24,13 +34,20 @@ def tiled_cross_entropy(
     weights: Float32[Array, "N"],
     *,
     train_head: bool = False,
+    z_loss: float = 0.0,
+    tile_bytes: int = LOGITS_TILE_BYTES,
 ) -> Float32[Array, ""]:
     """``sum_i weights_i · (logsumexp(z_i) - z_i[targets_i])`` with ``z = hidden · head^T``.
 
-    Tokens are taken in tiles whose float32 logits stay under 8 MiB. Where a gradient is wanted it
-    is formed in the same pass (two products with the head instead of three) and stored as
+    Tokens are taken in tiles whose float32 logits stay under ``tile_bytes``, or twice the bytes of
+    ``hidden`` where these are more. Where a gradient is wanted it is formed in the same pass (two
+    products with the head instead of three) and stored as
     ``d hidden`` [N, D]; the gradient of the head is formed only if ``train_head``, otherwise it
-    is zero.
+    is zero. A head to be trained that is stored wider than ``hidden`` is multiplied in the dtype of
+    ``hidden``; its gradient is summed in float32.
+
+    ``z_loss`` adds ``z_loss · logsumexp(z_i)²`` to each loss (PaLM, Chowdhery et al. 2022,
+    arXiv:2204.02311, section 5).
 
     Raises:
         FabricError: the head to be trained is a table of integers.
@@ -40,47 +57,55 @@ def tiled_cross_entropy(
             f"a head of int{head.bits} codes can't be trained",
             fix="Store embedding and head as float32 or bfloat16",
         )
-    return _loss(train_head, hidden, head, targets, weights)
+    how = _How(train_head, z_loss, tile_bytes)
+    return _loss(how, hidden, head, targets, weights)
 
 
-def tile_tokens(num_tokens: int, vocab_size: int) -> int:
+def tile_tokens(num_tokens: int, vocab_size: int, tile_bytes: int = LOGITS_TILE_BYTES) -> int:
     """Tokens in a tile: a power of two, at least 16, no more than needed."""
-    fit = max(16, LOGITS_TILE_BYTES // (4 * vocab_size))
+    fit = max(16, tile_bytes // (4 * vocab_size))
     return min(1 << (fit.bit_length() - 1), num_tokens)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(
-    train_head: bool, hidden: jax.Array, head: _Head, targets: jax.Array, weights: jax.Array
+    how: _How, hidden: jax.Array, head: _Head, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    del train_head
+    multiplied = _multiplied(how, hidden, head)
 
     def add(
         total: jax.Array, tile: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
-        return total + _tile_loss(table_matmul(tile[0], head), *tile[1:]), None
+        logits = _logits(how, tile[0], multiplied)
+        return total + _tile_loss(logits, *tile[1:], how.z_loss), None
 
-    tiles = _tiles(hidden, targets, weights, head.shape[0])
+    tiles = _tiles(how, hidden, targets, weights, head.shape[0])
     return lax.scan(add, jnp.float32(0), tiles)[0]
 
 
 def _loss_fwd(
-    train_head: bool, hidden: jax.Array, head: _Head, targets: jax.Array, weights: jax.Array
+    how: _How, hidden: jax.Array, head: _Head, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, _Head]]:
+    train_head, multiplied = how.train_head, _multiplied(how, hidden, head)
+
     def add(
         carry: tuple[jax.Array, jax.Array], tile: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, d_head = carry
         x, y, w = tile
-        logits = table_matmul(x, head)
-        total = total + _tile_loss(logits, y, w)
-        d_logits = jax.nn.softmax(logits, axis=-1) - jax.nn.one_hot(y, head.shape[0])
+        logits = _logits(how, x, multiplied)
+        total = total + _tile_loss(logits, y, w, how.z_loss)
+        shares = jax.nn.softmax(logits, axis=-1)
+        if how.z_loss:
+            normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+            shares = shares * (1 + 2 * how.z_loss * normaliser)
+        d_logits = shares - jax.nn.one_hot(y, head.shape[0])
         d_logits = (d_logits * w[:, None]).astype(x.dtype)
         if train_head:
             d_head = d_head + linear(d_logits.T, x.T, jnp.float32)
-        return (total, d_head), table_matmul_transposed(d_logits, head).astype(x.dtype)
+        return (total, d_head), _transposed(how, d_logits, multiplied).astype(x.dtype)
 
-    tiles = _tiles(hidden, targets, weights, head.shape[0])
+    tiles = _tiles(how, hidden, targets, weights, head.shape[0])
     d_head = jnp.zeros(head.shape if train_head else (), jnp.float32)
     (total, d_head), d_hidden = lax.scan(add, (jnp.float32(0), d_head), tiles)
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
@@ -92,13 +117,13 @@ def _loss_fwd(
 
 
 def _loss_bwd(
-    train_head: bool, residuals: tuple[jax.Array, _Head], g: jax.Array
+    how: _How, residuals: tuple[jax.Array, _Head], g: jax.Array
 ) -> tuple[jax.Array, _Head, None, None]:
     d_hidden, d_head = residuals
     d_hidden = (d_hidden.astype(jnp.float32) * g).astype(d_hidden.dtype)
     if isinstance(d_head, BlockTable):
         return d_hidden, no_gradient(d_head), None, None
-    if train_head:
+    if how.train_head:
         d_head = (d_head.astype(jnp.float32) * g).astype(d_head.dtype)
     else:
         d_head = jnp.zeros(d_head.shape[1:], d_head.dtype)
@@ -108,16 +133,43 @@ def _loss_bwd(
 _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
-def _tile_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def _multiplied(how: _How, hidden: jax.Array, head: _Head) -> _Head:
+    """The head as it is multiplied: a float32 master of a half-precision model is rounded once."""
+    if how.train_head and isinstance(head, jax.Array):
+        return head.astype(hidden.dtype)
+    return head
+
+
+def _logits(how: _How, x: jax.Array, head: _Head) -> jax.Array:
+    """Float32 [tile, V]; large tiles leave no reason to take the head by parts as well."""
+    if how.tile_bytes > LOGITS_TILE_BYTES and isinstance(head, jax.Array):
+        return linear(x, head, jnp.float32)
+    return table_matmul(x, head)
+
+
+def _transposed(how: _How, d_logits: jax.Array, head: _Head) -> jax.Array:
+    if how.tile_bytes > LOGITS_TILE_BYTES and isinstance(head, jax.Array):
+        return linear_transposed(d_logits, head)
+    return table_matmul_transposed(d_logits, head)
+
+
+def _tile_loss(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float
+) -> jax.Array:
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - chosen))
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    losses = normaliser - chosen
+    if z_loss:
+        losses = losses + z_loss * jnp.square(normaliser)
+    return jnp.sum(weights * losses)
 
 
 def _tiles(
-    hidden: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int
+    how: _How, hidden: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Splits the tokens into tiles; the last is filled with tokens of weight 0."""
-    tile = tile_tokens(hidden.shape[0], vocab_size)
+    size = max(how.tile_bytes, 2 * hidden.size * hidden.dtype.itemsize)
+    tile = tile_tokens(hidden.shape[0], vocab_size, size)
     pad = -hidden.shape[0] % tile
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, tile, hidden.shape[1])
     return (

@@ -6,11 +6,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels import gated_product
+from fabric_kernels import Prologue, gated_product
 from fabric_kernels.ternary_matmul import SideImplementation, side_implementation
 from flax import nnx
 
-from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_together
+from fabric_jax.layers.bit_linear import (
+    BitLinear,
+    LayerContext,
+    LinearOptions,
+    apply_after,
+    apply_together,
+    takes_prologue,
+)
 from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.residuals import Twin, on_both
 
@@ -52,7 +59,7 @@ class FeedForward(nnx.Module):
             else RMSNorm(
                 ffn_size,
                 eps=sub_norm_eps,
-                dtype=options.dtype,
+                dtype=options.norm_dtype or options.dtype,
                 stack=options.stack,
                 offset=norm_offset,
                 implementation=options.implementation,
@@ -62,11 +69,31 @@ class FeedForward(nnx.Module):
         self.implementation: SideImplementation | None = side_implementation(options.implementation)
 
     def __call__(
-        self, x: jax.Array | Twin, context: LayerContext | None = None
+        self,
+        x: jax.Array | Twin,
+        context: LayerContext | None = None,
+        norm: RMSNorm | None = None,
+        residual: jax.Array | Twin | None = None,
     ) -> jax.Array | Twin:
-        """[B, T, D] to [B, T, D]."""
-        gate, up = apply_together([self.gate, self.up], x, context)
-        return self.down(on_both(self.combine, gate, up), context)
+        """[B, T, D] to [B, T, D], of ``norm(x)`` where there is a norm, added to a residual."""
+        gate, up = apply_after(norm, [self.gate, self.up], x, context)
+        prologue = None if isinstance(gate, Twin) else self._prologue(gate)
+        if prologue is None or not takes_prologue([self.down], up, context):
+            product = on_both(self.combine, gate, up)
+            return apply_after(None, [self.down], product, context, residual)[0]
+        return apply_together([self.down], up, context, prologue, residual)[0]
+
+    def _prologue(self, gate: jax.Array) -> Prologue | None:
+        """:meth:`combine` as what ``down`` does first; None where it isn't of that form."""
+        norm = self.sub_norm
+        if self.activation == "gelu" or (norm is not None and norm.offset):
+            return None
+        return Prologue(
+            gate=gate,
+            activation=self.activation,
+            gain=None if norm is None else norm.gains,
+            eps=0.0 if norm is None else norm.eps,
+        )
 
     def combine(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         """The normalised gated product, [B, T, F]."""

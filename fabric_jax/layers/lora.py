@@ -172,6 +172,15 @@ class Lora(nnx.Module):
             x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
         return low_rank_product(x, self.product)
 
+    def of_rows(self, x: jax.Array, adapter_ids: jax.Array) -> jax.Array:
+        """The share of the output [B, ..., N] where each row of ``x`` [B, ..., K] has its own.
+
+        The parameters are then stacks of several adapters, A [n, R, K] and B [n, R, N]; row i has
+        number ``adapter_ids[i]``, int32 [B].
+        """
+        rows = LowRank(self.a[...][adapter_ids], self.b[...][adapter_ids], self.scale)
+        return jax.vmap(low_rank_product)(x, rows)
+
     @property
     def product(self) -> LowRank:
         """The adapter as arrays; without its dropout."""

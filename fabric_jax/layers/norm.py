@@ -1,14 +1,23 @@
 """Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
-from fabric_kernels import rms_norm
+from fabric_kernels import Prologue, rms_norm
 from fabric_kernels.ternary_matmul import Implementation, SideImplementation, side_implementation
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
 from fabric_jax.layers.parameters import Constant, declare_base
+
+
+@dataclass(frozen=True, eq=False)
+class GainStack:
+    """The gains [L, size] of all layers, which kernels read where they lie; not a parameter."""
+
+    gains: jax.Array
 
 
 class RMSNorm(nnx.Module):
@@ -33,6 +42,17 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.offset = offset
         self.implementation: SideImplementation | None = side_implementation(implementation)
+        self.whole: GainStack | None = None
+
+    @property
+    def prologue(self) -> Prologue | None:
+        """The norm as what a ternary linear does first; None where it has an offset."""
+        return None if self.offset else Prologue(gain=self.gains, eps=self.eps)
+
+    @property
+    def gains(self) -> jax.Array:
+        """[size] of this layer; or of all, where they are known: a slice would be a copy."""
+        return self.gain[...] if self.whole is None else self.whole.gains
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of ``x`` [..., size]."""

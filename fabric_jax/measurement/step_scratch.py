@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from fabric_kernels import packed_width
 
-from fabric_jax.layers.cross_entropy import tile_tokens
+from fabric_jax.layers.cross_entropy import LOGITS_TILE_BYTES, tile_tokens
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderOptions
 from fabric_jax.parallel.axes import Cut, cut_of
@@ -92,7 +92,10 @@ def predict_scratch(
             # The inputs of the linears too, and of norms and gates.
             kept = (linears + 4 * d + 2 * q + 3 * f) * item
     scores = FLOAT32_BYTES * rows * config.num_heads * length * length
-    tile = min(tokens, tile_tokens(tokens, config.vocab_size))
+    tile = min(
+        tokens,
+        tile_tokens(tokens, config.vocab_size, max(LOGITS_TILE_BYTES, 2 * tokens * d * item)),
+    )
     return StepScratch(
         kept=config.num_layers * tokens * kept,
         layer=tokens * live,

@@ -24,6 +24,9 @@ def _bitnet(
 # A model for tests and the quickstart, with a vocabulary of bytes (256, then pad, bos, eos).
 TINY = replace(_bitnet("bitnet-tiny", 4, 192, 512, 6, vocab=260), max_length=512)
 
+# A model that learns to write on one GPU in minutes; all widths are multiples of 256.
+SMALL = _bitnet("bitnet-30m", 8, 512, 1536, 8, vocab=8192)
+
 # The eight sizes of the published memory and speed tables: dimensions of the random models that
 # microsoft/BitNet's utils/generate-dummy-bitnet-model.py makes under these names.
 PUBLISHED = (
@@ -59,4 +62,4 @@ TWO_B_4T = ModelConfig(
     activation="relu2",
 )
 
-CONFIGS = (TINY, *PUBLISHED, *ONE_BIT_LLM, TWO_B_4T)
+CONFIGS = (TINY, SMALL, *PUBLISHED, *ONE_BIT_LLM, TWO_B_4T)

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 import jax
 import jax.numpy as jnp
 from fabric_kernels import BlockTable, Packing, table_matmul
-from fabric_kernels.attention import Angles
+from fabric_kernels.attention import Angles, cached_attention
 from fabric_kernels.ternary_matmul import NARROW_PRODUCT, GradientBits, Implementation
 from flax import nnx
 from jax import lax
@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from fabric_jax.errors import FabricError, unknown_name
-from fabric_jax.layers.attention import Attention, attend
+from fabric_jax.layers.attention import Attention, AttentionChoice, attend
 from fabric_jax.layers.bit_linear import (
     INIT_STD,
     LINEAR_OUTPUT,
@@ -27,11 +27,11 @@ from fabric_jax.layers.bit_linear import (
     LinearOptions,
     is_frozen,
 )
-from fabric_jax.layers.cross_entropy import tiled_cross_entropy
+from fabric_jax.layers.cross_entropy import LOGITS_TILE_BYTES, tiled_cross_entropy
 from fabric_jax.layers.feed_forward import FeedForward
 from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.layers.lora import LoraConfig
-from fabric_jax.layers.norm import RMSNorm
+from fabric_jax.layers.norm import GainStack, RMSNorm
 from fabric_jax.layers.parameters import AdapterParam, BaseParam
 from fabric_jax.layers.residuals import INT8_RESIDUAL, Twin, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_table, table_rows, table_value
@@ -39,6 +39,7 @@ from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.views import Views, cache_views, row_views
 from fabric_jax.parallel.mesh import MeshShape
 from fabric_jax.quantization.absmax import ActQuant
+from fabric_jax.quantization.ste_options import SteOptions
 
 Remat = Literal["none", "linears", "int8-residuals", "layer"]
 """What the backward pass keeps of a layer: everything, the outputs of its linears (norms, gates and
@@ -66,6 +67,11 @@ class DecoderOptions:
             any other than that is frozen.
         mesh: what ternary weights are cut along. Such a decoder runs within ``shard_map``, bound to
             parts of the trees that are declared (``fabric_jax.parallel``).
+        norm_dtype: of the gains of norms as they are stored; None for ``dtype``.
+        ste: what master weights and their inputs go through.
+        loss_tile_bytes: float32 logits that exist at once; accelerators want large tiles.
+        attention: ``auto``: ours; or cuDNN's flash attention, for half precision on NVIDIA GPUs:
+            ``cudnn``, and ``cudnn-causal`` for rows that are one document each (no mask is read).
     """
 
     mode: BaseMode = "packed"
@@ -79,6 +85,10 @@ class DecoderOptions:
     embedding_dtype: DTypeLike | None = None
     float_format: FloatFormat = "same"
     mesh: MeshShape = field(default_factory=MeshShape)
+    norm_dtype: DTypeLike | None = None
+    ste: SteOptions = field(default_factory=SteOptions)
+    loss_tile_bytes: int = LOGITS_TILE_BYTES
+    attention: AttentionChoice = "auto"
 
     @property
     def frozen(self) -> bool:
@@ -123,7 +133,7 @@ class Block(nnx.Module):
         self, h: jax.Array, angles: Angles | None, context: LayerContext | None
     ) -> tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]:
         """Queries, keys and values of the residual stream ``h`` [B, T, D]; see ``Attention``."""
-        return self.attention.project(self.attention_norm(h), angles, context)
+        return self.attention.project(self.attention_norm, h, angles, context)
 
     def combine(
         self,
@@ -132,14 +142,30 @@ class Block(nnx.Module):
         context: LayerContext | None,
     ) -> jax.Array:
         """The residual stream after attention and feed-forward."""
-        change = self.attention.close(attended, context)
-        if self.attention_post_norm is not None:
-            change = on_both(self.attention_post_norm, change)
-        middle = on_both(jnp.add, h, change)
-        change = self.mlp(on_both(self.mlp_norm, middle), context)
-        if self.mlp_post_norm is not None:
-            change = on_both(self.mlp_post_norm, change)
-        return joined(on_both(jnp.add, middle, change))
+        if self.attention_post_norm is None:
+            middle = self.attention.close(attended, context, residual=h)
+        else:
+            change = self.attention.close(attended, context)
+            middle = on_both(jnp.add, h, on_both(self.attention_post_norm, change))
+        if self.mlp_post_norm is None:
+            return joined(self.mlp(middle, context, self.mlp_norm, residual=middle))
+        change = self.mlp(middle, context, self.mlp_norm)
+        return joined(on_both(jnp.add, middle, on_both(self.mlp_post_norm, change)))
+
+    def know_gains(self, stacks: dict[str, Any]) -> None:
+        """Tells norms of the gains of all layers: a step of decoding reads them where they lie.
+
+        Args:
+            stacks: the layers' parameters as they are declared, stacked.
+        """
+        for norm, gains in (
+            (self.attention_norm, stacks["attention_norm"]),
+            (self.attention.sub_norm, stacks["attention"].get("sub_norm")),
+            (self.mlp_norm, stacks["mlp_norm"]),
+            (self.mlp.sub_norm, stacks["mlp"].get("sub_norm")),
+        ):
+            if norm is not None and gains is not None:
+                norm.whole = GainStack(gains["gain"])
 
 
 def _norm(
@@ -149,7 +175,7 @@ def _norm(
     return RMSNorm(
         config.hidden_size,
         eps=config.norm_eps,
-        dtype=options.dtype,
+        dtype=options.norm_dtype or options.dtype,
         stack=stack,
         offset=config.norm_offset,
         implementation=options.implementation,
@@ -175,6 +201,8 @@ class Decoder(nnx.Module):
             gradient_bits=options.gradient_bits,
             float_format=options.float_format,
             mesh=options.mesh,
+            norm_dtype=options.norm_dtype,
+            ste=options.ste,
         )
         table = (config.vocab_size, config.hidden_size)
         table_dtype = options.embedding_dtype or options.dtype
@@ -186,6 +214,8 @@ class Decoder(nnx.Module):
         self.dtype = options.dtype
         self.remat: Remat = options.remat
         self.frozen_linears = options.frozen
+        self.loss_tile_bytes = options.loss_tile_bytes
+        self.attention_choice: AttentionChoice = options.attention
         # The implementation is named for packed products; others have no choice of theirs.
         self.attention_runs: Implementation | None = (
             options.implementation if options.mode == "packed" else None
@@ -197,17 +227,32 @@ class Decoder(nnx.Module):
         positions: Int32[Array, "B T"],
         segment_ids: Int32[Array, "B T"],
         dropout_key: jax.Array | None = None,
+        strength: Float[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states; a token sees the tokens before it in its own segment."""
+        """Final hidden states; a token sees the tokens before it in its own segment.
+
+        ``strength`` says how far master weights and their inputs are quantised, None for entirely.
+        """
         views = row_views(self.config, positions, segment_ids)
-        return self._run(tokens, positions, views, None, dropout_key)[0]
+        return self._run(tokens, positions, views, None, dropout_key, strength=strength)[0]
 
     def extend(
-        self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], cache: KVCache
+        self,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        cache: KVCache,
+        *,
+        slots: int | None = None,
+        adapter_ids: Int32[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Final hidden states of tokens that continue what ``cache`` holds, and the new cache."""
-        views = cache_views(self.config, positions, cache.capacity)
-        hidden, cache_or_none = self._run(tokens, positions, views, cache, None)
+        """Final hidden states of tokens that continue what ``cache`` holds, and the new cache.
+
+        ``slots`` says that no position lies beyond that many slots, so that the others needn't be
+        looked at. With ``adapter_ids`` the adapter is a stack of several (``layers.lora``), of
+        which each row has its own.
+        """
+        views = cache_views(self.config, positions, slots or cache.capacity)
+        hidden, cache_or_none = self._run(tokens, positions, views, cache, None, adapter_ids)
         assert cache_or_none is not None
         return hidden, cache_or_none
 
@@ -222,6 +267,7 @@ class Decoder(nnx.Module):
         weights: Float[Array, "B T"],
         *,
         train_head: bool = False,
+        z_loss: float = 0.0,
     ) -> Float[Array, ""]:
         """Sum of the weighted next-token losses, nats, without all logits at once."""
         return tiled_cross_entropy(
@@ -230,6 +276,8 @@ class Decoder(nnx.Module):
             targets.reshape(-1),
             weights.reshape(-1),
             train_head=train_head,
+            z_loss=z_loss,
+            tile_bytes=self.loss_tile_bytes,
         )
 
     def head_weight(self) -> Float[Array, "V D"] | BlockTable:
@@ -250,10 +298,13 @@ class Decoder(nnx.Module):
         views: Views,
         cache: KVCache | None,
         dropout_key: jax.Array | None,
+        adapter_ids: jax.Array | None = None,
+        strength: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         graphdef, *states = nnx.split(self.layers, AdapterParam, BaseParam)
         adapter, base = (nnx.to_pure_dict(state) for state in states)
         packed, base = _split_packed(base, self.frozen_linears)
+        stacked = base
 
         def body(
             carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, tuple[Any, ...]]
@@ -262,7 +313,10 @@ class Decoder(nnx.Module):
             index, trees = layer
             adapter, base = trees
             block: Block = nnx.merge(graphdef, adapter, _join(packed, base))
-            return self._layer(block, h, index, positions, views, cache, dropout_key), None
+            if cache is not None and tokens.shape[1] == 1:
+                block.know_gains(stacked)
+            context = self._context(index, cache, dropout_key, adapter_ids, strength)
+            return self._layer(block, h, context, positions, views, cache), None
 
         match self.remat:
             case "none":
@@ -298,34 +352,62 @@ class Decoder(nnx.Module):
         def layer(h: jax.Array, index: jax.Array, adapter: dict[str, Any]) -> jax.Array:
             own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), rest)
             block: Block = nnx.merge(graphdef, adapter, _join(packed, own))
-            return self._layer(block, h, index, positions, views, None, dropout_key)[0]
+            context = self._context(index, None, dropout_key, None)
+            return self._layer(block, h, context, positions, views, None)[0]
 
         return layer
+
+    def _context(
+        self,
+        index: jax.Array,
+        cache: KVCache | None,
+        dropout_key: jax.Array | None,
+        adapter_ids: jax.Array | None,
+        strength: jax.Array | None = None,
+    ) -> LayerContext:
+        """What layer ``index`` knows besides its parameters."""
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        # A cache takes its keys and values as they are; nothing is differentiated there.
+        rounds = self.remat == "int8-residuals" and cache is None
+        return LayerContext(
+            index=index,
+            dropout_key=key,
+            int8_residuals=rounds,
+            adapter_ids=adapter_ids,
+            strength=strength,
+        )
 
     def _layer(
         self,
         block: Block,
         h: jax.Array,
-        index: jax.Array,
+        context: LayerContext,
         positions: jax.Array,
         views: Views,
         cache: KVCache | None,
-        dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         """The residual stream after one layer, and the cache with its keys and values."""
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        # A cache takes its keys and values as they are; nothing is differentiated there.
-        rounds = self.remat == "int8-residuals" and cache is None
-        context = LayerContext(index=index, dropout_key=key, int8_residuals=rounds)
-        view = views.at(index)
+        index = context.index
+        assert index is not None
+        view, scale = views.at(index), self.config.attention_scale
+        if cache is not None and positions.shape[1] == 1:
+            q, k, v = map(exact_form, block.project(h, None, context))
+            attended, cache = cached_attention(
+                *(q, k, v, cache, index, positions),
+                angles=view.angles,
+                first=view.first,
+                scale=scale,
+                implementation=self.attention_runs,
+            )
+            return block.combine(h, attended, context), cache
         # A cache holds keys that are turned; without one it is left to the attention.
         early, late = (None, view.angles) if cache is None else (view.angles, None)
         q, k, v = block.project(h, early, context)
         if cache is not None:
             cache = cache.write(index, positions, exact_form(k), exact_form(v))
-            k, v = cache.read(index, h.dtype)
-        scale = self.config.attention_scale
-        core = partial(attend, mask=view.mask, scale=scale, angles=late)
+            k, v = cache.read(index, h.dtype, view.mask.shape[-1])
+        choice: AttentionChoice = self.attention_choice if cache is None else "auto"
+        core = partial(attend, mask=view.mask, scale=scale, angles=late, choice=choice)
         attended = on_both(core, q, k, v, implementation=self.attention_runs)
         return block.combine(h, attended, context), cache
 

@@ -19,10 +19,12 @@ class View:
     Attributes:
         angles: cosine and sine of the rotary angles.
         mask: true where query t reads key s.
+        first: the first slot of a cache that query t reads; None where there is no cache.
     """
 
     angles: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
     mask: Bool[Array, "B T S"]
+    first: Int32[Array, "B T"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +63,19 @@ def row_views(
     return _views(config, positions, mask, mask & ~beyond[None])
 
 
-def cache_views(config: ModelConfig, positions: Int32[Array, "B T"], capacity: int) -> Views:
-    """Of tokens that continue a cache, in which the token at position s lies in slot s."""
-    slots = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
-    mask = slots <= positions[:, :, None]
+def cache_views(config: ModelConfig, positions: Int32[Array, "B T"], slots: int) -> Views:
+    """Of tokens that continue a cache, in which the token at position s lies in slot s.
+
+    ``slots`` is how many of the cache's are looked at, from the first.
+    """
+    numbers = jnp.arange(slots, dtype=jnp.int32)[None, None, :]
+    mask = numbers <= positions[:, :, None]
+    firsts = (jnp.zeros_like(positions), jnp.zeros_like(positions))
     if config.sliding_window is None:
-        return _views(config, positions, mask, None)
-    inside = slots > positions[:, :, None] - config.sliding_window
-    return _views(config, positions, mask, mask & inside)
+        return _views(config, positions, mask, None, firsts)
+    beyond = positions - config.sliding_window
+    firsts = (firsts[0], jnp.maximum(beyond + 1, 0))
+    return _views(config, positions, mask, mask & (numbers > beyond[:, :, None]), firsts)
 
 
 def _views(
@@ -76,11 +83,14 @@ def _views(
     positions: jax.Array,
     mask: jax.Array,
     local_mask: jax.Array | None,
+    firsts: tuple[jax.Array | None, jax.Array | None] = (None, None),
 ) -> Views:
     theta, width = config.rope_theta, config.head_dim
-    of_global = View(angles=rotary_angles(positions, width, theta, config.rope_scaling), mask=mask)
+    angles = rotary_angles(positions, width, theta, config.rope_scaling)
+    of_global = View(angles=angles, mask=mask, first=firsts[0])
     of_local = None
     if local_mask is not None:
         local_theta = config.local_rope_theta or theta
-        of_local = View(angles=rotary_angles(positions, width, local_theta), mask=local_mask)
+        angles = rotary_angles(positions, width, local_theta)
+        of_local = View(angles=angles, mask=local_mask, first=firsts[1])
     return Views(of_global=of_global, of_local=of_local, global_every=config.global_every)

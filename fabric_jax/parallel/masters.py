@@ -29,9 +29,7 @@ def _quantize(cut: Cut, weight: jax.Array) -> jax.Array:
     count = weight.size * lax.axis_size(axes)
     reciprocal = 1.0 / jnp.maximum(total / count, EPSILON)
     codes = jnp.clip(jnp.rint(wide * reciprocal), -1, 1).astype(jnp.int8)
-    for axis, name in enumerate(cut.axes):
-        if name is not None:
-            codes = lax.all_gather(codes, name, axis=axis, tiled=True)
+    codes = _gather(cut, codes)
     return (codes.astype(jnp.float32) / reciprocal).astype(weight.dtype)
 
 
@@ -50,3 +48,22 @@ def _backward(cut: Cut, _: None, g: jax.Array) -> tuple[jax.Array]:
 
 
 quantize_parts.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gather_parts(cut: Cut, weight: jax.Array) -> jax.Array:
+    """The whole matrix [N, K], for variants of the quantiser; backward as :func:`quantize_parts`.
+
+    What is gathered are the masters themselves, four times the bytes of codes.
+    """
+    return _gather(cut, weight)
+
+
+def _gather(cut: Cut, weight: jax.Array) -> jax.Array:
+    for axis, name in enumerate(cut.axes):
+        if name is not None:
+            weight = lax.all_gather(weight, name, axis=axis, tiled=True)
+    return weight
+
+
+gather_parts.defvjp(lambda cut, weight: (_gather(cut, weight), None), _backward)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from fabric_kernels import (
     LowRank,
     Packing,
+    Prologue,
     TernaryWeight,
     low_rank_product,
     ternary_linear,
@@ -46,6 +47,8 @@ def packed_linears(
     weights: Sequence[TernaryWeight],
     adapters: Sequence[LowRank | None] | None = None,
     *,
+    prologue: Prologue | None = None,
+    residual: Float[Array, "*batch n"] | None = None,
     kept: Float[Array, "*batch k"] | None = None,
     act_quant: ActQuant = "per_token",
     implementation: Implementation | None = None,
@@ -58,16 +61,24 @@ def packed_linears(
     Per token the products are exact: int8 codes times ternary codes accumulate in int32, and one
     float32 multiplication by both scales follows. Backward: ``dx = sum scale · (g · codes)``, the
     quantiser counting as identity; the packed matrices and their scales get no gradient. Where
-    ``kept`` is given, the backward pass reads it in place of ``x`` and the gradient goes to it.
+    ``kept`` is given, the backward pass reads it in place of ``x`` and the gradient goes to it. A
+    ``prologue`` happens to ``x`` first, and the output of the only matrix is added to a
+    ``residual``; both go with the quantiser ``per_token`` alone.
     """
     if act_quant == "per_token":
         return ternary_linear(
             x,
             weights,
             adapters,
+            prologue=prologue,
+            residual=residual,
             kept=kept,
             implementation=implementation,
             gradient_bits=gradient_bits,
+        )
+    if prologue is not None or residual is not None:
+        raise ValueError(
+            f"prologues and residuals go with the quantiser 'per_token', found {act_quant!r}"
         )
     base_input = x if kept is None else with_gradient_of(x, kept)
     values = fake_quantize_activation(base_input, act_quant)

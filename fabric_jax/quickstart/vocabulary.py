@@ -1,33 +1,15 @@
 """A vocabulary learnt from the quickstart's own sentences."""
 
-import json
 from collections.abc import Sequence
 
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+from fabric_jax.data.bpe import BOS as BOS
+from fabric_jax.data.bpe import EOS as EOS
+from fabric_jax.data.bpe import PAD as PAD
+from fabric_jax.data.bpe import train_bpe
+
 LARGEST = 1024
 
 
 def train_vocabulary(texts: Sequence[str], *, largest: int = LARGEST) -> bytes:
-    """Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) of ``texts``, as ``tokenizer.json``.
-
-    Merging ends where every word is one token, or at ``largest`` tokens. All bytes are in the
-    vocabulary, so any text can be encoded. Documents start with ``BOS``.
-    """
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=largest,
-        special_tokens=[PAD, BOS, EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    bos = backend.token_to_id(BOS)
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, bos)]
-    )
-    return json.dumps(json.loads(backend.to_str()), indent=1, ensure_ascii=False).encode()
+    """Byte-level BPE of ``texts``, as ``tokenizer.json``; see ``data.bpe``."""
+    return train_bpe(texts, largest=largest)

@@ -8,10 +8,12 @@ from fabric_kernels.ternary_matmul import GradientBits, Implementation
 
 from fabric_jax.data.config import DataConfig
 from fabric_jax.errors import FabricError
+from fabric_jax.layers.attention import AttentionChoice
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.decoder import Remat
 from fabric_jax.parallel.processes import DevicesConfig
 from fabric_jax.quantization.absmax import ActQuant
+from fabric_jax.quantization.ste_options import SteOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +22,12 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: peak, reached at the end of warm-up.
-        schedule: what follows warm-up.
-        min_learning_rate: where the linear and cosine schedules end.
+        schedule: what follows warm-up. two-stage: BitNet b1.58's from scratch, a line that falls
+            from the peak to the end over the whole run, and from half of it on the line from
+            second_learning_rate, with second_weight_decay.
+        min_learning_rate: where the falling schedules end.
+        second_learning_rate: peak of the second stage's line; only of two-stage.
+        second_weight_decay: of the second stage; only of two-stage.
         warmup_steps: optimizer steps of linear warm-up from 0.
         warmup_ratio: the same as a share of all steps; used where ``warmup_steps`` is 0.
         weight_decay: decoupled; the gains of norms are left out.
@@ -34,8 +40,10 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 2e-4
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "two-stage"] = "cosine"
     min_learning_rate: float = 0.0
+    second_learning_rate: float = 0.0
+    second_weight_decay: float = 0.0
     warmup_steps: int = 0
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
@@ -52,6 +60,8 @@ class OptimizerConfig:
             min_learning_rate=self.min_learning_rate,
             warmup_steps=self.warmup_steps,
             weight_decay=self.weight_decay,
+            second_learning_rate=self.second_learning_rate,
+            second_weight_decay=self.second_weight_decay,
             epsilon=self.epsilon,
             clip_norm=self.clip_norm,
         )
@@ -60,6 +70,12 @@ class OptimizerConfig:
                 "the learning rate can't end above its peak",
                 expected=f"min_learning_rate <= {self.learning_rate}",
                 found=str(self.min_learning_rate),
+            )
+        if (self.schedule == "two-stage") != (self.second_learning_rate > 0):
+            raise FabricError(
+                "a second stage has a learning rate of its own",
+                expected="schedule two-stage with a second_learning_rate, or neither",
+                found=f"{self.schedule} and {self.second_learning_rate}",
             )
         if not 0 <= self.warmup_ratio <= 1:
             raise FabricError(
@@ -85,6 +101,7 @@ class RunConfig:
         optimizer: AdamW and its schedule.
         epochs: passes over the data.
         max_steps: stop after so many optimizer steps, even within the epochs; 0 for no limit.
+        token_budget: positions to train on, over as many epochs as that takes; 0: epochs decide.
         accumulation: micro-batches summed into one optimizer step.
         eval_every: optimizer steps between evaluations; 0 for once an epoch.
         save_every: optimizer steps between checkpoints; 0 for only at the end. The best state and
@@ -110,6 +127,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 1
     max_steps: int = 0
+    token_budget: int = 0
     accumulation: int = 1
     eval_every: int = 0
     save_every: int = 100
@@ -128,6 +146,7 @@ class RunConfig:
         """Refuses numbers that can't be meant."""
         _at_least_zero(
             max_steps=self.max_steps,
+            token_budget=self.token_budget,
             eval_every=self.eval_every,
             save_every=self.save_every,
             seed=self.seed,
@@ -194,20 +213,87 @@ class FinetuneConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Training from random weights: the ternary linears keep float master weights.
+    """Training of all weights: the ternary linears keep float32 masters, quantised in every step.
 
     Attributes:
-        model: registry name.
-        vocab_size: rows of the embedding, for a tokenizer of another size; 0 for the model's own.
+        model: scratch: a registry name; otherwise what finetune takes. convert: a dense model;
+            continue and sft: a packed model, or the masters of an earlier run (its folder).
+        recipe: where weights come from and what they are trained for. scratch: random weights on
+            text. convert: a dense model becomes ternary, quantised gradually. continue: a packed
+            model goes on, from masters under which it computes what it did. sft: likewise on
+            conversations and other rows with answers.
+        optimizer_defaults: whether settings of the optimizer that are left at their default are the
+            recipe's, as published, or plain AdamW's.
+        vocab_size: scratch: rows of the embedding; 0 for the model's, or those that the tokenizer
+            needs where that was learnt.
+        num_layers: scratch: layers; 0 for the model's own.
+        gate: scratch: activation of the gate; model for the model's own.
+        sub_norms: scratch: whether there are norms before o and down; model for the model's own.
+        ste: variants of the quantisers, for ablations.
+        quantization_warmup: convert: steps over which quantisation grows from nothing to all.
+        rows: stream: text is cut into rows as it lies, so that nothing is padded; packed: each row
+            of the data is a document, truncated or split and packed, as in finetune. auto: stream,
+            for sft packed.
+        document_mask: stream: whether attention stays inside a document.
+        corpus: stream: folder of the tokenised text, made where it isn't there yet and used again
+            where it is; "" for one in output.
+        train_tokenizer: stream: learn a BPE vocabulary of that size from the text; 0 for none.
+        z_loss: weight of the squared log-partition in the loss, as PaLM's 1e-4; 0 for none.
+        samples: texts to generate after each evaluation; into the log and samples.jsonl.
+        sample_tokens: tokens of each.
+        sample_prompt: what they begin with; "" for the begin of a text.
+        attention: auto: our own. cudnn: cuDNN's, for bfloat16 on NVIDIA GPUs; cudnn-causal reads
+            no mask, for stream without document_mask.
+        loss_tile_mib: logits that exist at once, MiB; 0: 8 on CPU, 512 on accelerators.
     """
 
     model: str
+    recipe: Literal["scratch", "convert", "continue", "sft"] = "scratch"
+    optimizer_defaults: Literal["recipe", "plain"] = "recipe"
     vocab_size: int = 0
+    num_layers: int = 0
+    gate: Literal["model", "silu", "relu2"] = "model"
+    sub_norms: Literal["model", "yes", "no"] = "model"
+    ste: SteOptions = field(default_factory=SteOptions)
+    quantization_warmup: int = 1000
+    rows: Literal["auto", "stream", "packed"] = "auto"
+    document_mask: bool = True
+    corpus: str = ""
+    train_tokenizer: int = 0
+    z_loss: float = 0.0
+    samples: int = 1
+    sample_tokens: int = 48
+    sample_prompt: str = ""
+    attention: AttentionChoice = "auto"
+    loss_tile_mib: int = 0
 
     def __post_init__(self) -> None:
         """Refuses numbers that can't be meant."""
         super().__post_init__()
-        _at_least_zero(vocab_size=self.vocab_size)
+        _at_least_zero(
+            vocab_size=self.vocab_size,
+            num_layers=self.num_layers,
+            quantization_warmup=self.quantization_warmup,
+            train_tokenizer=self.train_tokenizer,
+            z_loss=self.z_loss,
+            samples=self.samples,
+            loss_tile_mib=self.loss_tile_mib,
+        )
+        if self.train_tokenizer and self.dataset.tokenizer:
+            raise FabricError("a tokenizer is either named or learnt", fix="Keep one of the two")
+        if self.train_tokenizer and not self.streams:
+            raise FabricError("only the text of a stream can teach a vocabulary")
+        if self.attention == "cudnn-causal" and (self.document_mask or not self.streams):
+            raise FabricError(
+                "cudnn-causal attention lets a token see all before it in its row",
+                expected="rows stream and no document_mask",
+                fix="Give --no-document-mask",
+            )
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows are cut from a corpus."""
+        return self.rows == "stream" or (self.rows == "auto" and self.recipe != "sft")
 
 
 def check_fused(optimizer: OptimizerConfig, remat: Remat, accumulation: int = 1) -> None:

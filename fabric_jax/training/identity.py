@@ -8,6 +8,7 @@ steps.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def run_identity(
     trains: Trains,
     weights: str,
     total_steps: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The identity of a run, as nested JSON values.
 
@@ -45,15 +47,18 @@ def run_identity(
         trains: which tree.
         weights: names the base weights, see :func:`weights_digest`.
         total_steps: optimizer steps that the learning rate is planned for.
+        settings: what else a step of this kind of run depends on.
     """
     options, optimizer = definition.options, asdict(config.optimizer)
     del optimizer["warmup_ratio"]
     optimizer["warmup_steps"] = warmup_steps(config.optimizer, total_steps)
+    if config.optimizer.schedule != "two-stage":
+        del optimizer["second_learning_rate"], optimizer["second_weight_decay"]
     if config.optimizer.schedule != "constant":
         optimizer["total_steps"] = total_steps
-    settings = asdict(config.dataset)
+    dataset = asdict(config.dataset)
     for name in NOT_IN_BATCHES:
-        del settings[name]
+        del dataset[name]
     lora = asdict(options.lora)
     if not options.lora.freeze_a:
         del lora["freeze_a"]  # Checkpoints from before there was such a setting can go on.
@@ -70,12 +75,14 @@ def run_identity(
         "optimizer": optimizer,
         "accumulation": config.accumulation,
         "seed": config.seed,
-        "dataset": settings,
+        "dataset": dataset,
         "data": data.fingerprint,
     }
     if options.mode == "float" and options.frozen:
         # Left out otherwise: what earlier versions saved can be continued.
         identity["float_format"] = options.float_format
+    if settings:
+        identity["settings"] = dict(settings)
     return identity
 
 

@@ -1,4 +1,4 @@
-"""The two kinds of runs: LoRA fine-tuning of a frozen model, and training from random weights."""
+"""The two kinds of runs: LoRA fine-tuning of a frozen model, and training of all weights."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,20 +7,17 @@ from rich.console import Console
 
 from fabric_jax.checkpoints.adapters import load_adapter, notes_on, read_lora_config
 from fabric_jax.checkpoints.loading import load_base, weights_form
-from fabric_jax.checkpoints.native import save_model
 from fabric_jax.checkpoints.peft import save_adapter
-from fabric_jax.data.load import Data, load_data
-from fabric_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fabric_jax.errors import FabricError
 from fabric_jax.layers.lora import LoraConfig
-from fabric_jax.models.config import ModelConfig
-from fabric_jax.models.decoder import DecoderOptions, define_decoder
-from fabric_jax.models.initialize import Tree, initialize_adapter, initialize_base
-from fabric_jax.models.registry import get_config
+from fabric_jax.models.initialize import Tree, initialize_adapter
 from fabric_jax.parallel.processes import join_processes
 from fabric_jax.training.command import command_line
-from fabric_jax.training.config import FinetuneConfig, PretrainConfig, RunConfig
+from fabric_jax.training.config import FinetuneConfig, PretrainConfig
 from fabric_jax.training.identity import weights_digest
+from fabric_jax.training.pretrain import find_origin, pretrain_job
+from fabric_jax.training.recipes import resolve
+from fabric_jax.training.rows import load_rows
 from fabric_jax.training.session import Job
 from fabric_jax.training.summary import Summary
 from fabric_jax.training.train import train
@@ -60,7 +57,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Summa
             gradient_bits=config.gradient_bits,
         )
         definition = loaded.definition
-        data, _ = _load_data(config, definition.config, loaded.tokenizer_source)
+        data, _ = load_rows(config, definition.config, loaded.tokenizer_source)
 
         def fresh() -> Tree:
             if config.adapter:
@@ -89,10 +86,11 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Summa
 
 
 def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Summary:
-    """Trains a model from random weights with straight-through estimators.
+    """Trains all weights of a model with straight-through estimators, by a recipe.
 
-    The output folder gets ``model/`` (master weights in the last state; ``load_base`` packs them)
-    and what :func:`finetune` writes beside the adapter.
+    The output folder gets ``model/`` (float32 masters in the last state; ``load_base`` and
+    ``fabric-jax convert`` pack them), ``samples.jsonl``, the tokenised text where it has no other
+    place, and what :func:`finetune` writes beside the adapter.
 
     Args:
         config: of the run.
@@ -103,66 +101,9 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Summa
         Interrupted: Ctrl-C or SIGTERM; the state was saved.
     """
     join_processes(config.devices)
-
-    def prepare() -> Job:
-        model = get_config(config.model)
-        if config.vocab_size:
-            model = replace(model, vocab_size=config.vocab_size)
-        options = DecoderOptions(
-            mode="master" if model.ternary else "float",
-            dtype=config.dtype,
-            act_quant=config.act_quant or "per_token",
-            remat=config.remat,
-        )
-        definition = define_decoder(model, options)
-        data, tokenizer = _load_data(config, model, "")
-        vocabulary = tokenizer.backend.to_str().encode() if config.dataset.tokenizer else None
-
-        def export(folder: Path, base: Tree) -> None:
-            save_model(folder, definition, base, tokenizer_json=vocabulary)
-
-        return Job(
-            definition=definition,
-            trains="base",
-            frozen={},
-            fresh=lambda: initialize_base(definition, config.seed),
-            data=data,
-            weights=f"random {config.model} of seed {config.seed}",
-            kind="model",
-            export=export,
-            keep_best=False,
-            resume_with='pretrain(dataclasses.replace(config, resume="auto"))',
-        )
-
-    return train(config, prepare, console=console)
-
-
-def _load_data(config: RunConfig, model: ModelConfig, own_tokenizer: str) -> tuple[Data, Tokenizer]:
-    """The data, with a tokenizer and rows that the model can take.
-
-    Args:
-        config: of the run.
-        model: what is trained.
-        own_tokenizer: the model's, used where the run names none.
-    """
-    dataset = config.dataset
-    if dataset.max_length > model.max_length:
-        raise FabricError(
-            f"rows are longer than {model.name} allows",
-            expected=f"max_length of at most {model.max_length}",
-            found=str(dataset.max_length),
-        )
-    tokenizer = load_tokenizer(
-        dataset.tokenizer or own_tokenizer, chat_template=dataset.chat_template or None
-    )
-    if tokenizer.vocab_size > model.vocab_size:
-        raise FabricError(
-            f"the tokenizer {tokenizer.source} has more tokens than {model.name}",
-            expected=f"at most {model.vocab_size}",
-            found=str(tokenizer.vocab_size),
-            fix="Use the tokenizer that the model was made with",
-        )
-    return load_data(dataset, tokenizer, accumulation=config.accumulation), tokenizer
+    origin = find_origin(config)
+    resolved = resolve(config, origin.model.parameters)
+    return train(resolved, lambda: pretrain_job(resolved, origin), console=console)
 
 
 def _lora_settings(config: FinetuneConfig) -> LoraConfig:

@@ -31,6 +31,7 @@ SCALARS = {
     "peak_bytes": "memory/peak_bytes",
     "eval_loss": "eval/loss",
     "eval_perplexity": "eval/perplexity",
+    "eval_bits_per_byte": "eval/bits_per_byte",
 }
 """TensorBoard's names by field of ``StepRecord``."""
 
@@ -51,6 +52,8 @@ class StepRecord:
         seconds: wall time of the run so far, loading and compilation left out.
         peak_bytes: the most memory in use so far.
         eval_loss: mean over the evaluation rows after this step, None where it wasn't measured.
+        eval_bits_per_byte: of the evaluation text, which compares models of any vocabulary; None
+            where its bytes aren't known.
     """
 
     step: int
@@ -64,10 +67,13 @@ class StepRecord:
     seconds: float
     peak_bytes: int
     eval_loss: float | None = None
+    eval_bits_per_byte: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values; ``eval_loss`` and its perplexity only where measured."""
         values = asdict(self)
+        if self.eval_bits_per_byte is None:
+            del values["eval_bits_per_byte"]
         if self.eval_loss is None:
             del values["eval_loss"]
         else:

@@ -25,8 +25,10 @@ from fabric_jax.parallel.placement import (
 Trains = Literal["adapter", "base"]
 """Which tree is optimised: LoRA fine-tuning or training from scratch. The other one is frozen."""
 
-GradientSum = Callable[[tuple[Tree, Tree], Tree, Batch, jax.Array], tuple[jax.Array, Tree]]
-"""``((trained, kept), frozen, batch, key) -> (sum of losses, sum of gradients)``."""
+GradientSum = Callable[
+    [tuple[Tree, Tree], Tree, Batch, jax.Array, jax.Array | None], tuple[jax.Array, Tree]
+]
+"""``((trained, kept), frozen, batch, key, strength) -> (sum of losses, sum of gradients)``."""
 
 
 def over_devices(
@@ -43,16 +45,24 @@ def over_devices(
     shape = shape_of(mesh)
 
     def call(
-        parts: tuple[Tree, Tree], frozen: Tree, batch: Batch, key: jax.Array
+        parts: tuple[Tree, Tree],
+        frozen: Tree,
+        batch: Batch,
+        key: jax.Array,
+        strength: jax.Array | None,
     ) -> tuple[jax.Array, Tree]:
         ternary = definition.options.mode != "float"
         specs = base_specs(parts[0] if trains == "base" else frozen, shape, ternary=ternary)
         of_trained, of_frozen = (WHOLE, specs) if trains == "adapter" else (specs, WHOLE)
 
         def summed(
-            parts: tuple[Tree, Tree], frozen: Tree, batch: Batch, key: jax.Array
+            parts: tuple[Tree, Tree],
+            frozen: Tree,
+            batch: Batch,
+            key: jax.Array,
+            strength: jax.Array | None,
         ) -> tuple[jax.Array, Tree]:
-            loss, grads = function(parts, frozen, batch, key)
+            loss, grads = function(parts, frozen, batch, key, strength)
             loss = lax.psum(loss, (DATA, FSDP))
             if trains == "adapter":
                 return loss, lax.psum(grads, (DATA, FSDP))
@@ -62,11 +72,11 @@ def over_devices(
         mapped = jax.shard_map(
             summed,
             mesh=mesh,
-            in_specs=((of_trained, WHOLE), of_frozen, MICRO_BATCHES, WHOLE),
+            in_specs=((of_trained, WHOLE), of_frozen, MICRO_BATCHES, WHOLE, WHOLE),
             out_specs=(WHOLE, of_trained),
             check_vma=False,
         )
-        return mapped(parts, frozen, batch, key)
+        return mapped(parts, frozen, batch, key, strength)
 
     return call
 

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fabric_jax.errors import unknown_name
 from fabric_jax.models.initialize import Tree
 from fabric_jax.training.blockwise import scale_by_adam_8bit
 from fabric_jax.training.config import OptimizerConfig
 from fabric_jax.training.partition import trained_leaves
+
+SCHEDULES = ("constant", "linear", "cosine", "two-stage")
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -22,6 +25,8 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     """
     warmup = warmup_steps(config, total_steps)
     peak, last = config.learning_rate, config.min_learning_rate
+    if config.schedule == "two-stage":
+        return _two_stages(config, total_steps)
     decay_steps = max(1, total_steps - warmup)
     match config.schedule:
         case "constant":
@@ -30,6 +35,8 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
             after = optax.linear_schedule(peak, last, decay_steps)
         case "cosine":
             after = optax.cosine_decay_schedule(peak, decay_steps, alpha=last / peak if peak else 0)
+        case _:
+            raise unknown_name("schedule", config.schedule, SCHEDULES)
     if warmup:
         rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
         after = optax.join_schedules([rise, after], [warmup])
@@ -42,8 +49,45 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
-    """Optimizer steps of warm-up."""
-    return config.warmup_steps or round(config.warmup_ratio * total_steps)
+    """Optimizer steps of warm-up.
+
+    Under ``two-stage`` at most a tenth of all: the published number is for 100,000 steps.
+    """
+    steps = config.warmup_steps or round(config.warmup_ratio * total_steps)
+    return min(steps, total_steps // 10) if config.schedule == "two-stage" else steps
+
+
+def weight_decay_schedule(config: OptimizerConfig, total_steps: int) -> float | optax.Schedule:
+    """Decoupled weight decay by the number of optimizer steps done; a number where it is one."""
+    if config.schedule != "two-stage":
+        return config.weight_decay
+    first, second = config.weight_decay, config.second_weight_decay
+
+    def schedule(done: jax.typing.ArrayLike) -> jax.Array:
+        return jnp.where(jnp.asarray(done) < total_steps // 2, jnp.float32(first), second)
+
+    return schedule
+
+
+def _two_stages(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate of BitNet b1.58's recipe (its FAQ, "Training details").
+
+    With w steps of warm-up and T of all, step t (from 0) has ``peak_1 · (t + 1) / w`` below w, and
+    ``peak_s + (last - peak_s) · (t - w) / (T - w)`` from there: two lines that would end together
+    at the end of the run, s = 1 before T/2 and s = 2 after, where the rate drops at once.
+    """
+    warmup, last = warmup_steps(config, total_steps), config.min_learning_rate
+    span = max(1, total_steps - warmup)
+
+    def schedule(done: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(done).astype(jnp.float32)
+        early = jnp.asarray(done) < total_steps // 2
+        peak = jnp.where(early, jnp.float32(config.learning_rate), config.second_learning_rate)
+        falling = peak + (last - peak) * (step - warmup) / span
+        rising = config.learning_rate * (step + 1) / max(1, warmup)
+        return jnp.where(step < warmup, rising, falling)
+
+    return schedule
 
 
 def make_optimizer(
@@ -57,7 +101,7 @@ def make_optimizer(
     # What optax.adamw is made of.
     adamw = optax.chain(
         scale(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, _decays),
+        optax.add_decayed_weights(weight_decay_schedule(config, total_steps), _decays),
         optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
     )
     if config.clip_norm:

@@ -85,6 +85,8 @@ def describe(record: StepRecord) -> str:
     ]
     if record.eval_loss is not None:
         parts.append(_evaluation(record.eval_loss))
+    if record.eval_bits_per_byte is not None:
+        parts.append(f"{record.eval_bits_per_byte:.4f} bits per byte")
     return "  ".join(parts)
 
 

@@ -3,8 +3,8 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from fabric_jax.checkpoints.train_state import Restored, TrainCheckpoints
 from fabric_jax.data.batch import Batch
 from fabric_jax.data.load import Data
 from fabric_jax.errors import FabricError
-from fabric_jax.evaluation.perplexity import evaluate_perplexity, make_eval_step
+from fabric_jax.evaluation.perplexity import Perplexity, evaluate_perplexity, make_eval_step
 from fabric_jax.measurement.categories import CompiledMemory, compiled_memory
 from fabric_jax.measurement.memory import peak_memory_bytes, release_free_memory
 from fabric_jax.models.decoder import DecoderDefinition
@@ -34,6 +34,7 @@ from fabric_jax.training.partition import freezes_a
 from fabric_jax.training.progress import RunProgress
 from fabric_jax.training.step import (
     StepMetrics,
+    StepOptions,
     Trains,
     TrainState,
     init_state,
@@ -65,6 +66,10 @@ class Job:
         notes: what else is said before the first step.
         fused: whether each layer is updated within the backward pass.
         mesh: the devices, along which the base is cut; None for one device.
+        step: how the loss of a step is computed.
+        settings: what a step depends on that is in no other attribute; for resuming.
+        sample: texts that the model writes, given the step and the trained tree; called after
+            evaluations. None for none.
     """
 
     definition: DecoderDefinition
@@ -80,6 +85,9 @@ class Job:
     notes: tuple[str, ...] = ()
     fused: bool = False
     mesh: Mesh | None = None
+    step: StepOptions = field(default_factory=StepOptions)
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sample: Callable[[int, Tree], list[str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +235,7 @@ class Session:
             mesh=self.job.mesh,
             spread=self.config.devices.spread_adapter,
             skip_nonfinite=self.config.nonfinite == "skip",
+            options=self.job.step,
         )
         batch = _abstract_batch(shape)
         if self.job.mesh is not None:
@@ -324,23 +333,27 @@ class Session:
         params, frozen = self.state.params, self.job.frozen
         base, adapter = (frozen, params) if self.job.trains == "adapter" else (params, frozen)
         try:
-            loss = evaluate_perplexity(
+            measured = evaluate_perplexity(
                 self._eval_step, base, adapter, self._until_stopped(stream.epoch(0))
-            ).loss
+            )
         except _Stopped:
             return
+        loss = measured.loss
         if not math.isfinite(loss):
             raise FabricError(
                 f"the evaluation after step {self.step} gives a loss of {loss}",
                 fix="Lower the learning rate; earlier checkpoints are intact",
             )
         improved = self.totals.add_evaluation(self.step, loss)
+        self.totals.eval_bits_per_byte_last = bits = self._bits_per_byte(measured)
         if self.step == 0:
             if self._log is not None:
                 self._log.write_first_evaluation(loss)
             self._progress.note(f"before training: eval loss {loss:.4f}")
         elif self.totals.logged_step < self.step:
-            self._record(self.step, self.epoch, loss)
+            self._record(self.step, self.epoch, loss, bits)
+        if self.step:
+            self._sample()
         if improved and self.job.keep_best:
             self.export(f"{self.job.kind}_best")
         self._saved_step = -1
@@ -351,7 +364,25 @@ class Session:
         if is_first():
             self.job.export(self.output / name, params)
 
-    def _record(self, step: int, epoch: float, eval_loss: float | None) -> None:
+    def _sample(self) -> None:
+        """Notes texts that the model writes; all processes take part."""
+        if self.job.sample is None:
+            return
+        params = self.state.params
+        if self.job.mesh is not None:
+            params = jax.device_get(on_host(params))
+        if is_first():
+            for text in self.job.sample(self.step, params):
+                self._progress.note(f"sample: {text}")
+
+    def _bits_per_byte(self, measured: Perplexity) -> float | None:
+        """Bits that a byte of the evaluation text takes; None where its bytes aren't known."""
+        size = self.job.data.evaluation_bytes
+        return None if not size else measured.loss * measured.tokens / math.log(2) / size
+
+    def _record(
+        self, step: int, epoch: float, eval_loss: float | None, bits: float | None = None
+    ) -> None:
         """Writes a line of metrics over the steps since the last one."""
         window = self.totals.window
         record = StepRecord(
@@ -366,6 +397,7 @@ class Session:
             seconds=self._elapsed(),
             peak_bytes=peak_memory_bytes(),
             eval_loss=eval_loss,
+            eval_bits_per_byte=bits,
         )
         if self._log is not None:
             self._log.write(record)

@@ -25,6 +25,26 @@ from fabric_jax.training.partition import freezes_a, join, split
 from fabric_jax.training.rounding import apply_updates
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How the loss of a step is computed, beside the model.
+
+    Attributes:
+        z_loss: weight of the squared log-partition, see ``layers.cross_entropy``.
+        quantization_warmup: steps over which masters and their inputs are quantised ever more:
+            ``min(step / warmup, 1)``, steps counted from 0; 0 for entirely from the first.
+    """
+
+    z_loss: float = 0.0
+    quantization_warmup: int = 0
+
+    def strength(self, step: Int32[Array, ""]) -> Float32[Array, ""] | None:
+        """How far this step quantises; None for entirely, in every step."""
+        if not self.quantization_warmup:
+            return None
+        return jnp.minimum(step.astype(jnp.float32) / self.quantization_warmup, 1.0)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
@@ -86,6 +106,7 @@ def make_train_step(
     *,
     trains: Trains = "adapter",
     fused: bool = False,
+    options: StepOptions | None = None,
     mesh: Mesh | None = None,
     spread: bool = False,
     skip_nonfinite: bool = False,
@@ -111,20 +132,16 @@ def make_train_step(
     With ``skip_nonfinite`` a step whose loss or gradient is not finite leaves parameters and
     moments as they were; the step counts all the same.
 
+    Neither these nor ``options`` are for a fused update.
+
     Raises:
         FabricError: a fused update on a mesh.
     """
     if fused:
-        if mesh is not None and mesh.size > 1:
-            raise FabricError(
-                "a fused update runs on one device",
-                found=f"a mesh of {mesh.size}",
-                fix="Leave out --fused-update, or --mesh",
-            )
-        return _fused_step(definition, optimizer)
+        return _fused_step(definition, optimizer, mesh)
 
-    freeze_a = freezes_a(definition, trains)
-    summed = _gradient_sum(definition, trains, mesh)
+    freeze_a, options = freezes_a(definition, trains), options or StepOptions()
+    summed = _gradient_sum(definition, trains, options, mesh)
 
     @partial(jax.jit, donate_argnums=(0,))
     def step(
@@ -132,7 +149,8 @@ def make_train_step(
     ) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(root_key, state.step)
         trained, kept = split(state.params, freeze_a=freeze_a)
-        total, grads = summed((trained, kept), frozen, batch, key)
+        strength = options.strength(state.step)
+        total, grads = summed((trained, kept), frozen, batch, key, strength)
         tokens = jnp.sum(batch.loss_mask)
         share = 1.0 / jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g * share, grads)
@@ -161,37 +179,82 @@ def _if_finite(metrics: StepMetrics, new: tuple[Tree, Any], state: TrainState) -
     return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
 
 
-def _gradient_sum(definition: DecoderDefinition, trains: Trains, mesh: Mesh | None) -> GradientSum:
+def _gradient_sum(
+    definition: DecoderDefinition, trains: Trains, options: StepOptions, mesh: Mesh | None
+) -> GradientSum:
     """The sums of losses and gradients of all micro-batches, over all devices of a mesh."""
     if mesh is not None:
         definition = definition.on_mesh(shape_of(mesh))
 
-    def loss_sum(own: Tree, kept: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> jax.Array:
-        params = join(own, kept)
-        base, adapter = (frozen, params) if trains == "adapter" else (params, frozen)
-        decoder = definition.bind(base, adapter)
-        hidden = decoder(batch.tokens, batch.positions, batch.segment_ids, key)
-        return decoder.loss(hidden, batch.targets, batch.loss_mask, train_head=trains == "base")
-
-    def gradient(
-        parts: tuple[Tree, Tree], frozen: Tree, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Tree]:
-        loss, grads = jax.value_and_grad(loss_sum)(*parts, frozen, batch, key)
-        return loss, to_float32(grads)
+    gradient = _gradient_of(definition, trains, options)
 
     def summed(
-        parts: tuple[Tree, Tree], frozen: Tree, batch: Batch, key: jax.Array
+        parts: tuple[Tree, Tree],
+        frozen: Tree,
+        batch: Batch,
+        key: jax.Array,
+        strength: jax.Array | None,
     ) -> tuple[jax.Array, Tree]:
-        return _sum_micro_batches(lambda micro, k: gradient(parts, frozen, micro, k), batch, key)
+        return _sum_micro_batches(
+            lambda micro, k: gradient(parts, frozen, micro, k, strength), batch, key
+        )
 
     if mesh is None or mesh.size == 1:
         return summed
     return over_devices(summed, definition, mesh, trains)
 
 
+_Gradient = Callable[
+    [tuple[Tree, Tree], Tree, Batch, jax.Array, jax.Array | None], tuple[jax.Array, Tree]
+]
+
+
+def _gradient_of(definition: DecoderDefinition, trains: Trains, options: StepOptions) -> _Gradient:
+    """Loss sum and float32 gradients of a micro-batch, by the first of two trees of params."""
+
+    def loss_sum(
+        own: Tree,
+        kept: Tree,
+        frozen: Tree,
+        batch: Batch,
+        key: jax.Array,
+        strength: jax.Array | None,
+    ) -> jax.Array:
+        params = join(own, kept)
+        base, adapter = (frozen, params) if trains == "adapter" else (params, frozen)
+        decoder = definition.bind(base, adapter)
+        hidden = decoder(batch.tokens, batch.positions, batch.segment_ids, key, strength)
+        return decoder.loss(
+            hidden,
+            batch.targets,
+            batch.loss_mask,
+            train_head=trains == "base",
+            z_loss=options.z_loss,
+        )
+
+    def gradient(
+        parts: tuple[Tree, Tree],
+        frozen: Tree,
+        batch: Batch,
+        key: jax.Array,
+        strength: jax.Array | None,
+    ) -> tuple[jax.Array, Tree]:
+        loss, grads = jax.value_and_grad(loss_sum)(*parts, frozen, batch, key, strength)
+        return loss, to_float32(grads)
+
+    return gradient
+
+
 def _fused_step(
-    definition: DecoderDefinition, optimizer: optax.GradientTransformation
+    definition: DecoderDefinition, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> TrainStep:
+    if mesh is not None and mesh.size > 1:
+        raise FabricError(
+            "a fused update runs on one device",
+            found=f"a mesh of {mesh.size}",
+            fix="Leave out --fused-update, or --mesh",
+        )
+
     @partial(jax.jit, donate_argnums=(0,))
     def step(
         state: TrainState, frozen: Tree, batch: Batch, root_key: jax.Array

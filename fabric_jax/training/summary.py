@@ -28,6 +28,8 @@ class Summary:
         eval_loss_first: before the first step, None without evaluation rows.
         eval_loss_last: after the last step.
         eval_loss_best: lowest after a step.
+        eval_bits_per_byte_last: after the last step; None where the bytes of the evaluation text
+            aren't known.
         best_step: where that was.
         trainable_tokens: targets with weight in the loss, seen in all steps.
         real_tokens: positions that are not padding.
@@ -69,6 +71,7 @@ class Summary:
     eval_loss_first: float | None
     eval_loss_last: float | None
     eval_loss_best: float | None
+    eval_bits_per_byte_last: float | None
     best_step: int | None
     trainable_tokens: int
     real_tokens: int
@@ -109,6 +112,7 @@ def measured(totals: Totals) -> dict[str, Any]:
         "eval_loss_first": totals.eval_loss_first,
         "eval_loss_last": totals.eval_loss_last,
         "eval_loss_best": totals.eval_loss_best,
+        "eval_bits_per_byte_last": totals.eval_bits_per_byte_last,
         "best_step": totals.best_step,
         "trainable_tokens": run.trainable_tokens,
         "real_tokens": run.real_tokens,

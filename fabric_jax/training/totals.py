@@ -48,6 +48,7 @@ class Totals:
         eval_loss_first: before the first step.
         eval_loss_last: newest.
         eval_loss_best: lowest after a step.
+        eval_bits_per_byte_last: newest; None where bytes aren't known.
         best_step: where that was.
         evaluated_step: the newest step after which there was an evaluation; -1 for none.
         logged_step: the newest step with a line of metrics.
@@ -63,6 +64,7 @@ class Totals:
     eval_loss_first: float | None = None
     eval_loss_last: float | None = None
     eval_loss_best: float | None = None
+    eval_bits_per_byte_last: float | None = None
     best_step: int | None = None
     evaluated_step: int = -1
     logged_step: int = 0

@@ -12,7 +12,7 @@ from flax import nnx
 from rich.console import Console
 
 from fabric_jax.checkpoints.train_state import TrainCheckpoints
-from fabric_jax.data.batch_stream import BatchStream
+from fabric_jax.data.batch import BatchSource
 from fabric_jax.errors import FabricError
 from fabric_jax.files import write_json
 from fabric_jax.models.decoder import DecoderDefinition
@@ -125,6 +125,7 @@ def _checkpoints(
         trains=job.trains,
         weights=job.weights,
         total_steps=total,
+        settings=job.settings,
     )
     folder = Path(config.output) / CHECKPOINTS
     return TrainCheckpoints(folder, keep_last=config.keep_last, identity=identity, report=report)
@@ -163,9 +164,14 @@ def _say_where(console: Console, config: RunConfig, session: Session) -> None:
         console.print("no checkpoint to resume: starting anew", highlight=False)
 
 
-def total_steps(config: RunConfig, stream: BatchStream) -> int:
-    """Optimizer steps of a run: its epochs, cut off at ``max_steps`` where that is given."""
-    steps = stream.batches_in_epochs(config.epochs)
+def total_steps(config: RunConfig, stream: BatchSource) -> int:
+    """Optimizer steps of a run: its epochs or tokens, cut off at ``max_steps`` if that is given."""
+    if config.token_budget:
+        dataset = config.dataset
+        positions = config.accumulation * dataset.batch_size * dataset.max_length
+        steps = -(-config.token_budget // positions)
+    else:
+        steps = stream.batches_in_epochs(config.epochs)
     return min(steps, config.max_steps) if config.max_steps else steps
 
 

@@ -1,7 +1,10 @@
 """Kernels for packed ternary weights. Knows jax only; usable without fabric_jax."""
 
 from fabric_kernels.absmax import absmax_quantize as absmax_quantize
+from fabric_kernels.attention import KVCache as KVCache
 from fabric_kernels.attention import attention as attention
+from fabric_kernels.attention import cached_attention as cached_attention
+from fabric_kernels.attention import empty_cache as empty_cache
 from fabric_kernels.block_quantization import BlockTable as BlockTable
 from fabric_kernels.block_quantization import dequantize_blocks as dequantize_blocks
 from fabric_kernels.block_quantization import quantize_blocks as quantize_blocks
@@ -22,6 +25,7 @@ from fabric_kernels.packing import unpack as unpack
 from fabric_kernels.packing import unpack_ternary2 as unpack_ternary2
 from fabric_kernels.table_matmul import table_matmul as table_matmul
 from fabric_kernels.table_matmul import table_matmul_transposed as table_matmul_transposed
+from fabric_kernels.ternary_matmul import Prologue as Prologue
 from fabric_kernels.ternary_matmul import TernaryWeight as TernaryWeight
 from fabric_kernels.ternary_matmul import select_implementation as select_implementation
 from fabric_kernels.ternary_matmul import ternary_linear as ternary_linear

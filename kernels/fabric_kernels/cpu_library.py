@@ -26,11 +26,13 @@ TARGETS = {
     "fabric_ternary_linear": "FabricTernaryLinear",
     "fabric_ternary_transposed": "FabricTernaryTransposed",
     "fabric_table": "FabricTable",
+    "fabric_block_table": "FabricBlockTable",
     "fabric_table_transposed": "FabricTableTransposed",
     "fabric_norm": "FabricNorm",
     "fabric_norm_gradient": "FabricNormGradient",
     "fabric_attention": "FabricAttention",
     "fabric_attention_transposed": "FabricAttentionTransposed",
+    "fabric_cached_attention": "FabricCachedAttention",
 }
 """Names of the calls for ``jax.ffi.ffi_call``, and the library's symbols."""
 

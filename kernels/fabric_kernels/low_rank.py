@@ -36,7 +36,7 @@ def low_rank_product(x: jax.Array, adapter: LowRank, *, kept: jax.Array | None =
     if kept is not None:
         exact = lax.stop_gradient(low_rank_product(x, adapter))
         return with_gradient_of(exact, low_rank_product(kept, adapter))
-    narrow = _contract(x, adapter.a, 1) * jnp.asarray(adapter.scale, x.dtype)
+    narrow = contract_with(x, adapter.a, 1) * jnp.asarray(adapter.scale, x.dtype)
     return _widen(narrow, adapter.b)
 
 
@@ -48,24 +48,24 @@ def _widen(narrow: jax.Array, b: jax.Array) -> jax.Array:
     narrow operand, where the built-in rule has XLA transpose ``g`` [..., N] in every layer, which
     on CPU costs more than the product.
     """
-    return _contract(narrow, b, 0)
+    return contract_with(narrow, b, 0)
 
 
 def _widen_fwd(narrow: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _contract(narrow, b, 0), (narrow, b)
+    return contract_with(narrow, b, 0), (narrow, b)
 
 
 def _widen_bwd(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     narrow, b = residuals
     rows, columns = narrow.reshape(-1, narrow.shape[-1]), g.reshape(-1, g.shape[-1])
-    db = _contract(rows.T, columns, 0)
-    return _contract(g, b, 1), db.astype(b.dtype)
+    db = contract_with(rows.T, columns, 0)
+    return contract_with(g, b, 1), db.astype(b.dtype)
 
 
 _widen.defvjp(_widen_fwd, _widen_bwd)
 
 
-def _contract(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+def contract_with(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
     """The last axis of ``x`` against ``axis`` of a weight cast to x's dtype; float32 sums."""
     product = lax.dot_general(
         x,

@@ -86,3 +86,22 @@ def large_vocabulary(folder: Path) -> Path:
     words = {f"w{i}": i for i in range(1000)}
     Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(path))
     return path
+
+
+def test_against_compares_two_forms_of_a_model(fabric, refused, held_out: Path, tmp_path: Path):
+    report = tmp_path / "against.json"
+    given = ("--model", "bitnet-tiny", "--data", held_out, *SMALL)
+    change = ("--against", "weights=ternary1.6")
+    outcome = fabric("evaluate", *given, *change, "--json", report)
+    assert outcome.code == 0, outcome.err
+    record = json.loads(report.read_text())
+    assert record["against"]["weights"] == "ternary1.6"
+    assert record["divergence"]["kl_max"] == 0
+    assert record["divergence"]["top1_agreement"] == 1
+    assert f"{record['divergence']['positions']:,}" in outcome.out
+    for word, message in (
+        ("weights", "name=value"),
+        ("weights=ternary3", "Did you mean 'ternary2'"),
+        ("wieghts=int8", "Did you mean 'weights'"),
+    ):
+        assert message in refused("evaluate", *given, "--against", word)

@@ -9,19 +9,23 @@ import pytest
 import fabric_jax
 from fabric_jax.cli.arguments import parse
 from fabric_jax.cli.evaluate import EvaluateConfig
-from fabric_jax.cli.main import COMMANDS
+from fabric_jax.cli.generate import GenerateConfig
+from fabric_jax.cli.main import COMMANDS, main
 from fabric_jax.conversion.config import ConvertConfig
-from fabric_jax.training.config import FinetuneConfig
+from fabric_jax.training.config import FinetuneConfig, PretrainConfig
 from fabric_jax.training.memory_account import MemoryConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 COMMAND_LINES = [line for line in README.splitlines() if line.startswith("fabric-jax ")]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 CONFIGS = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "convert": ConvertConfig,
+    "generate": GenerateConfig,
     "memory": MemoryConfig,
+    "pretrain": PretrainConfig,
 }
 
 
@@ -29,7 +33,9 @@ CONFIGS = {
 def test_commands_parse(line: str):
     _, command, *words = shlex.split(line, comments=True)
     assert command in COMMANDS
-    if words:
+    if command == "sweep":
+        assert main(["sweep", *words, "--list"]) == 0
+    elif words and command in CONFIGS:
         config = parse(CONFIGS[command], command, words)
         assert config.model or config.fits
 
@@ -37,7 +43,7 @@ def test_commands_parse(line: str):
 def test_python_runs_on_a_file_of_rows(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = (text for text in PYTHON if "load_model" in text)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_bytes(rows.read_bytes())
 
@@ -65,3 +71,21 @@ def test_named_files_exist_and_define_what_is_said_of_them():
 def test_public_names_of_the_example_are_exported():
     (names,) = re.findall(r"from fabric_jax import (.*)", README)
     assert set(names.split(", ")) <= set(fabric_jax.__all__)
+
+
+def test_the_experiment_gets_records_table_and_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (code,) = (text for text in PYTHON if "def cells" in text)
+    (tmp_path / "recompute.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["sweep", "recompute", "--platform", "cpu", "--out", "records"]
+    assert main([*words, "model=bitnet-tiny", "length=128", "remat=layer"]) == 0
+    assert main(["report", "records"]) == 0
+    text = (tmp_path / "records" / "report.md").read_text()
+    assert "Where does recomputing layers begin to pay?" in text
+    assert re.search(
+        r"^\| \[bitnet-tiny\]\(\S+\) \| compiled \| [\d.]+ MiB \|$", text, re.MULTILINE
+    )
+    assert (tmp_path / "records" / "figures" / "recompute.svg").is_file()

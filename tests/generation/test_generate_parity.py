@@ -1,15 +1,20 @@
 """Greedy text of tiny random models equals transformers' ``generate``."""
 
 import dataclasses
+from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fabric_jax.generation.config import GenerationConfig
 from fabric_jax.generation.generator import make_generator
+from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderOptions, define_decoder
+from fabric_jax.models.initialize import initialize_adapter
+from tests.models import baseline_models as tiny
 
 PROMPTS = [[5, 17, 3, 60], [9, 1, 2, 3, 4, 5, 6, 7, 8], [42]]
 NEW = 20
@@ -90,17 +95,63 @@ def our_tree(config: ModelConfig, model) -> dict:
     return tree
 
 
+def as_adapter(config: ModelConfig, merged, torch) -> tuple[LoraConfig, dict]:
+    """A random adapter of rank 2 on every linear, which is also added to those of ``merged``."""
+    lora = LoraConfig(rank=2, alpha=4.0)
+    definition = define_decoder(config, DecoderOptions(mode="float", lora=lora))
+    noise = np.random.default_rng(1)
+    tree = jax.tree.map(
+        lambda x: jnp.asarray(noise.normal(0, 0.2, x.shape), x.dtype),
+        initialize_adapter(definition, 0),
+    )
+    with torch.no_grad():
+        for ours, theirs in LINEARS.items():
+            node = tree["layers"]
+            for part in ours.split("."):
+                node = node[part]
+            change = lora.scale * np.einsum("lrn,lrk->lnk", node["lora"]["b"], node["lora"]["a"])
+            for i, one in enumerate(change):
+                merged.get_submodule(f"model.layers.{i}.{theirs}").weight += torch.tensor(one)
+    return lora, tree
+
+
+FAMILIES = {"llama": LLAMA, "bitnet": BITNET, **tiny.CONFIGS}
+QUICK = [("llama", False), ("qwen3", False), ("gemma3", False), ("bitnet", True)]
+CASES = [
+    pytest.param(name, adapted, marks=() if (name, adapted) in QUICK else pytest.mark.slow)
+    for name in FAMILIES
+    for adapted in (False, True)
+]
+
+
 @pytest.mark.oracle
-@pytest.mark.parametrize("config", [LLAMA, BITNET], ids=["llama", "bitnet"])
-def test_greedy_equals_transformers(oracle, config):
+@pytest.mark.parametrize(("name", "adapted"), CASES)
+def test_greedy_equals_transformers(oracle, name, adapted):
+    """With a cache here; there with one (the base) and without (merged with the adapter)."""
     torch, transformers = oracle("torch", "transformers")
-    model = hugging_face_model(config, torch, transformers)
-    definition = define_decoder(config, DecoderOptions(mode="float"))
+    config = FAMILIES[name]
+    if name in tiny.CONFIGS:
+        model = tiny.hf_model(config)
+        base = tiny.our_tree(config, model)
+    else:
+        model = hugging_face_model(config, torch, transformers)
+        base = our_tree(config, model)
+    lora, adapter = as_adapter(config, model, torch) if adapted else (LoraConfig(rank=0), {})
+    definition = define_decoder(config, DecoderOptions(mode="float", lora=lora))
     generate = make_generator(definition)
-    ours = generate(our_tree(config, model), {}, PROMPTS, GenerationConfig(max_new_tokens=NEW))
+    settings = GenerationConfig(max_new_tokens=NEW)
+    ours = generate(base, adapter, PROMPTS, settings)
     for prompt, result in zip(PROMPTS, ours, strict=True):
         theirs = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW, eos_token_id=None
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=NEW,
+            eos_token_id=None,
+            use_cache=not adapted,
         )
         assert list(result.tokens) == theirs[0, len(prompt) :].tolist()
-    assert len(np.unique([result.tokens for result in ours])) > 10
+    assert len(np.unique([result.tokens for result in ours])) > 5
+    if name != "bitnet":
+        return
+    alone = generate(base, adapter, PROMPTS, replace(settings, batch_size=1))
+    assert alone == ours

@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 
 from fabric_jax.errors import FabricError
 from fabric_jax.generation.config import GenerationConfig
-from fabric_jax.generation.sampling import choose_tokens, filtered_scores, sampling_of
+from fabric_jax.generation.sampling import (
+    choose_tokens,
+    filtered_scores,
+    penalize,
+    sampling_of,
+    token_log_probs,
+)
 
 VOCAB = 23
+FILTERED = jax.jit(filtered_scores)
 
 
 def random_logits(seed: int, rows: int = 3) -> np.ndarray:
@@ -20,11 +27,8 @@ def random_logits(seed: int, rows: int = 3) -> np.ndarray:
 
 def kept_tokens(logits: np.ndarray, **numbers) -> list[set[int]]:
     _, sampling = sampling_of(GenerationConfig(**numbers))
-    scores, order = filtered_scores(jnp.asarray(logits), sampling)
-    return [
-        set(np.asarray(row)[np.isfinite(np.asarray(score))].tolist())
-        for score, row in zip(scores, order, strict=True)
-    ]
+    scores = np.asarray(FILTERED(jnp.asarray(logits), sampling))
+    return [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in scores]
 
 
 def expected_tokens(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> set[int]:
@@ -54,10 +58,12 @@ def test_filter_keeps_the_smallest_sufficient_set(seed, temperature, top_k, top_
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(5, 1.0), (0, 0.7), (6, 0.6), (0, 0.05)], ids=["k", "p", "k-and-p", "one"]
+    ("top_k", "top_p", "min_p"),
+    [(5, 1.0, 0.0), (0, 0.7, 0.0), (6, 0.6, 0.0), (0, 0.05, 0.0), (0, 1.0, 0.1), (9, 0.9, 0.2)],
+    ids=["k", "p", "k-and-p", "one", "min", "all"],
 )
 @pytest.mark.oracle
-def test_filter_equals_transformers(oracle, top_k, top_p):
+def test_filter_equals_transformers(oracle, top_k, top_p, min_p):
     torch, transformers = oracle("torch", "transformers")
     logits, temperature = random_logits(7, rows=16), 1.7
     scores = torch.tensor(logits) / temperature
@@ -65,8 +71,34 @@ def test_filter_equals_transformers(oracle, top_k, top_p):
         scores = transformers.TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = transformers.TopPLogitsWarper(top_p)(None, scores)
+    if min_p:
+        scores = transformers.MinPLogitsWarper(min_p)(None, scores)
     theirs = [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in scores.numpy()]
-    assert kept_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p) == theirs
+    numbers = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    assert kept_tokens(logits, temperature=temperature, **numbers) == theirs
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+@pytest.mark.oracle
+def test_repetition_penalty_equals_transformers(oracle, penalty):
+    torch, transformers = oracle("torch", "transformers")
+    logits = random_logits(5, rows=4)
+    before = np.random.default_rng(0).integers(0, VOCAB, (4, 9))
+    process = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    theirs = process(torch.tensor(before), torch.tensor(logits)).numpy()
+    seen = np.zeros((4, VOCAB), np.bool_)
+    np.put_along_axis(seen, before, True, axis=1)
+    _, sampling = sampling_of(GenerationConfig(repetition_penalty=penalty))
+    ours = penalize(jnp.asarray(logits), jnp.asarray(seen), sampling)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_log_probabilities_are_those_of_the_whole_vocabulary():
+    logits, tokens = random_logits(8, rows=4), np.array([0, 5, VOCAB - 1, 7])
+    wide = logits.astype(np.float64)
+    expected = wide[np.arange(4), tokens] - np.log(np.exp(wide).sum(1))
+    found = token_log_probs(jnp.asarray(logits), jnp.asarray(tokens, jnp.int32))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +149,8 @@ def test_equal_logits_rank_by_id():
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
         ("seed", -1),
         ("batch_size", -1),
         ("cache_length", -1),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fabric_kernels import (
     BlockTable,
+    cpu_library,
     dequantize_blocks,
     quantize_blocks,
     table_matmul,
@@ -157,12 +158,23 @@ def test_no_wide_copy_of_the_table_is_made(bits: TableBits, dtype: str) -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * quantized.TILE_BYTES < 2 * n * k
 
 
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 70, 96), (3, 33, 70), (7, 5, 8), (16, 2, 200)])
+def test_the_cpu_kernel_multiplies_the_stored_values(rows: int, n: int, k: int) -> None:
+    if not cpu_library.available():
+        pytest.skip("no CPU kernels")
+    table = make(n, k, 8)
+    x = np.random.default_rng(0).normal(size=(rows, k)).astype(np.float32)
+    values = np.asarray(dequantize_blocks(table), np.float64)
+    found = table_matmul(jnp.asarray(x), table, implementation="cpu")
+    np.testing.assert_allclose(found, x @ values.T, rtol=0, atol=1e-5 * np.abs(values).max() * k)
+
+
 def test_wrong_arguments() -> None:
     table = make(4, 8, 8)
     with pytest.raises(ValueError, match="are contracted"):
         table_matmul(jnp.zeros((2, 4)), table)
-    with pytest.raises(ValueError, match="have the implementation xla; found 'cpu'"):
-        table_matmul(jnp.zeros((2, 8)), table, implementation="cpu")
+    with pytest.raises(ValueError, match="with int8 codes; found 'cpu'"):
+        table_matmul(jnp.zeros((2, 8)), make(4, 8, 4), implementation="cpu")
     with pytest.raises(ValueError, match=r"has codes \[4, 40\] and scales \[4, 2\], found"):
         table_matmul(jnp.zeros((2, 40)), BlockTable(table.codes, table.scales, 40))
     with pytest.raises(TypeError, match="found int8 and float32"):

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fabric_kernels import Packing, TernaryWeight, pack
-from fabric_kernels.ternary_matmul import triton, triton_call, xla
+from fabric_kernels import Packing, Prologue, TernaryWeight, pack, ternary_linear, triton_call
+from fabric_kernels.ternary_matmul import triton, xla
 
 from tests.kernels.linear_problems import Problem, rows_of
 
@@ -57,13 +57,6 @@ def test_integers_are_exact(m: int, n: int, k: int, packing: Packing) -> None:
     x, codes = int8_rows(m, k), codes_of(n, k)
     found = jax.jit(triton.matmul)(jnp.asarray(x), weight_of(codes, packing))
     assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, exact(x, codes))
-
-
-def test_long_rows_in_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton.kernels()[1], "MAX_UNROLLED", 1)
-    x, codes = int8_rows(2, 2100), codes_of(5, 2100)
-    found = jax.jit(triton.matmul)(jnp.asarray(x), weight_of(codes))
     np.testing.assert_array_equal(found, exact(x, codes))
 
 
@@ -257,8 +250,8 @@ def test_lowers_without_a_copy_of_the_stack(platform: str, m: int, packing: Pack
     forward = lowered(triton.linear, x, weights, platform=platform)
     backward = lowered(triton.linear_transposed, gradients, weights, platform=platform)
     few = m <= triton.FEW_TOKENS and packing == "ternary2"
-    # Few tokens: a quantiser where it rounds as it should, and one product for both.
-    assert forward.count("xla.gpu.triton") == (1 if few and platform == "rocm" else 2)
+    # Few tokens: one launch for both matrices. More: a quantiser, where it rounds as it should.
+    assert forward.count("xla.gpu.triton") == (1 if few or platform == "rocm" else 2)
     assert backward.count("xla.gpu.triton") == 2
     for text in (forward, backward):
         sliced = [line for line in text.splitlines() if "slice" in line and "ui8" in line]
@@ -303,3 +296,69 @@ def test_a_jax_without_pallas_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", importer)
     with pytest.raises(NotImplementedError, match="no Pallas Triton; use implementation xla or"):
         triton.matmul(jnp.ones((2, 8), jnp.int8), weight_of(codes_of(4, 8)))
+
+
+# ---- gates and norms on the way ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gated", [None, "silu", "relu2"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_prologue(gated: Any, normed: bool, dtype: str) -> None:
+    """Equal to the steps one by one, but for codes at a tie.
+
+    XLA may leave out roundings to bfloat16 between steps, which are about as coarse as codes.
+    """
+    m, k = 2, 301
+    eye = np.eye(k, dtype=np.int8)
+    weight = TernaryWeight(pack(jnp.asarray(eye), "ternary2"), jnp.float32(1), None, k)
+    x, gate = float_rows(m, k, dtype), float_rows(m, k, dtype, seed=3)
+    gain = float_rows(1, k, dtype, seed=4)[0]
+    prologue = Prologue(
+        gate=None if gated is None else gate,
+        activation=gated,
+        gain=gain if normed else None,
+        eps=1e-5,
+    )
+
+    def run(implementation: Any) -> np.ndarray:
+        call = partial(ternary_linear, implementation=implementation)
+        return rows_of(jax.jit(lambda x, p: call(x, (weight,), prologue=p))(x, prologue)[0])
+
+    found, expected = run("triton"), run("xla")
+    step = np.max(np.abs(expected), axis=-1, keepdims=True) / 127
+    most, often = (1.1, 0.02) if dtype == "float32" else (2.1, 0.3)
+    assert np.max(np.abs(found - expected) / step) < most
+    assert np.mean(np.abs(found - expected) > 0.05 * step) < often
+
+
+def test_gradient_through_a_prologue() -> None:
+    k = 60
+    weight = weight_of(codes_of(12, k))
+    x, gate, gain = (float_rows(1, k, "float32", seed) for seed in (2, 3, 4))
+
+    def loss(implementation: Any, x: jax.Array, gate: jax.Array, gain: jax.Array) -> jax.Array:
+        prologue = Prologue(gate=gate, activation="silu", gain=gain[0], eps=1e-5)
+        (y,) = ternary_linear(x, (weight,), prologue=prologue, implementation=implementation)
+        return jnp.sum(y * jnp.cos(jnp.arange(12.0))[None])
+
+    found, expected = (
+        jax.grad(partial(loss, name), (0, 1, 2))(x, gate, gain) for name in ("triton", "xla")
+    )
+    for ours, reference in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("gated", ["silu", "relu2"])
+def test_a_prologue_lowers_into_the_product(gated: Any, dtype: str) -> None:
+    weights = (abstract_weight(768, 512, "ternary2"),)
+    x, gain = shape((1, 512), dtype), shape((512,), dtype)
+
+    def run(x: Any, gate: Any, gain: Any, weights: Any) -> Any:
+        prologue = Prologue(gate=gate, activation=gated, gain=gain, eps=1e-5)
+        return ternary_linear(x, weights, prologue=prologue, implementation="triton")
+
+    text = lowered(run, x, x, gain, weights, platform="cuda")
+    assert text.count("xla.gpu.triton") == 1
+    assert "stablehlo.rsqrt" not in text

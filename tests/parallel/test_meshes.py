@@ -58,13 +58,14 @@ def check(setting: str, text: str, found: dict[str, Any]) -> None:
         assert found["gathered"] == [found["layer_bytes"] // mesh.tensor] * 2, where
 
 
+@pytest.mark.slow
 def test_a_mesh_of_all_axes_gives_the_losses_of_one_device() -> None:
     found = run("xla", ["data=2,fsdp=2,tensor=2"])
     for text, result in found["xla"].items():
         check("xla", text, result)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("setting", ["xla", "cpu", "1.6", "float", "master"])
 def test_every_mesh_gives_the_losses_of_one_device(setting: str) -> None:
     for text, result in run(setting, EVERY_MESH)[setting].items():

@@ -24,15 +24,18 @@ STEPS = 100
 
 
 class Run:
-    """``fabric-jax finetune`` in a process.
+    """``fabric-jax finetune``, or another command, in a process.
 
     Args:
         words: flags.
         programs: folder of compiled programs to reuse; None compiles in every process.
         log: what the process prints.
+        command: the subcommand.
     """
 
-    def __init__(self, words: list[str], programs: Path | None, log: Path) -> None:
+    def __init__(
+        self, words: list[str], programs: Path | None, log: Path, command: str = "finetune"
+    ) -> None:
         environment = os.environ | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
             "JAX_PLATFORMS": "cpu",
@@ -43,11 +46,11 @@ class Run:
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             }
-        command = [sys.executable, "-m", "fabric_jax.cli.main", "finetune", *words]
+        run = [sys.executable, "-m", "fabric_jax.cli.main", command, *words]
         self._log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+                run, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
             )
 
     def wait(self) -> int:

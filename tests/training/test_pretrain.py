@@ -30,6 +30,8 @@ def test_training_from_random_weights_gives_a_model_that_packs(
         output=str(tmp_path / "run"),
         dataset=DataConfig(data=str(text_rows), max_length=32, batch_size=2),
         optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.1),
+        optimizer_defaults="plain",
+        rows="packed",
         max_steps=6,
         save_every=4,
     )

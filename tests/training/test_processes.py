@@ -107,6 +107,7 @@ def settings(configure: Configure, output: Path, steps: int) -> FinetuneConfig:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_lose_one_resume_and_end_with_the_adapter_of_one(
     configure: Configure, tmp_path: Path, programs: Path, quiet: Console
 ) -> None:
@@ -127,7 +128,7 @@ def test_two_processes_lose_one_resume_and_end_with_the_adapter_of_one(
         np.testing.assert_allclose(found[name], tensor, atol=5e-3, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_process_is_killed_in_turn(
     count: int, configure: Configure, tmp_path: Path, programs: Path

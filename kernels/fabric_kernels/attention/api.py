@@ -1,12 +1,18 @@
 """Attention: one signature, several implementations."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
-from fabric_kernels.attention import cpu, xla
+from fabric_kernels.attention import cpu, triton, xla
 from fabric_kernels.ternary_matmul import Implementation, select_implementation
 
 Angles = tuple[jax.Array, jax.Array]
+AttentionImplementation = Literal["xla", "cpu", "triton"]
+
+OLDEST_GPU = 8
+"""Major compute capability from which on ``None`` means the Triton kernels: these have bfloat16."""
 
 
 def attention(
@@ -30,8 +36,8 @@ def attention(
         scale: factor on the scores, positive; without one ``1 / sqrt(hd)``.
         angles: cosine and sine [B, T, hd/2] of rotary positions, by which q and k (T = S) are
             turned first; None where they are already. No gradient goes through them.
-        implementation: which one to run. ``None`` picks: the CPU kernel, if there is one, for more
-            than one token. A named one runs or raises.
+        implementation: of the products that this belongs to; see ``attention_implementation``.
+            What that picks runs or raises.
 
     Returns:
         [B, T, H, hd] in the dtype of q. Differentiable in q, k and v.
@@ -41,9 +47,7 @@ def attention(
         ValueError: the shapes do not fit, or a name is unknown.
     """
     _check(q, k, v, mask, angles)
-    chosen = select_implementation(implementation)
-    if implementation is None and q.shape[1] == 1:
-        chosen = "xla"
+    chosen = attention_implementation(implementation, queries=q.shape[1])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if not factor > 0:
         raise ValueError(f"the scale of attention must be positive, found {factor}")
@@ -55,7 +59,40 @@ def attention(
         )
     if angles is not None:
         q, k = xla.rotate(q, angles), xla.rotate(k, angles)
+    if chosen == "triton":
+        return triton.attention(q, k, v, mask, factor)
     return xla.attention(q, k, v, mask, factor)
+
+
+def attention_implementation(
+    implementation: Implementation | None, *, queries: int
+) -> AttentionImplementation:
+    """What runs attention beside products of that implementation.
+
+    ``triton``, ``mosaic_gpu`` and ``tuned`` mean the Triton kernels, ``mosaic_tpu`` plain jax.
+    ``None`` picks: the CPU kernel, if there is one; the Triton kernels on an NVIDIA GPU from Ampere
+    on. One query a row has no use for tiles of queries, so plain jax it is, but where ``cpu`` is
+    named.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    chosen = select_implementation(implementation)
+    if queries == 1 and implementation != "cpu":
+        return "xla"
+    if chosen in ("triton", "mosaic_gpu", "tuned") or (
+        implementation is None and _on_recent_nvidia()
+    ):
+        return "triton"
+    return "cpu" if chosen == "cpu" else "xla"
+
+
+def _on_recent_nvidia() -> bool:
+    """AMD's architectures have names, such as ``gfx942``, where NVIDIA's have numbers."""
+    if jax.default_backend() != "gpu":
+        return False
+    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    return major.isdecimal() and int(major) >= OLDEST_GPU
 
 
 def _check(

@@ -198,6 +198,9 @@ struct Isa {
     std::memcpy(v.f, bits, 16);
     return v;
   }
+  static Floats LoadInt8(const int8_t* p) {
+    return Floats{{float(p[0]), float(p[1]), float(p[2]), float(p[3])}};
+  }
   static Floats LoadFloat16(const uint16_t* p) {
     Floats v;
     for (int i = 0; i < 4; ++i) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "cached_attention.h"
 #include "norm.h"
 #include "peaks.h"
 #include "table.h"
@@ -87,6 +88,7 @@ struct Kernels {
   const TableKernels* table;
   const NormKernels* norm;
   const AttentionKernels* attention;
+  const CachedAttentionKernels* cached_attention;
   const PeakKernels* peaks;
 };
 

@@ -19,11 +19,12 @@ inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 #include "math_impl.h"
 #include "norm_impl.h"
 #include "attention_impl.h"
+#include "cached_attention_impl.h"
 #include "peaks_impl.h"
 
 constexpr Kernels MakeTable(const char* name) {
   return {name,     Isa::kTileRows, kLanes,      &Steps,       &OperandBytes, &Prepare,
           &Units,   &RunUnit,       &RunFewRows, &OuterUnits,  &OuterUnit,    kOuterColumns,
           &kTableKernels, &kNormKernels, &attention::kTable,
-          &kPeakKernels};
+          &cached_attention::kTable, &kPeakKernels};
 }

@@ -1,4 +1,4 @@
-// Products of float rows with a table [N, K] of float32, bfloat16 or float16 (an embedding or head).
+// Products of float rows with a table [N, K] of floats or int8 codes (an embedding or head).
 #pragma once
 
 #include <cstddef>
@@ -6,12 +6,15 @@
 
 namespace fabric {
 
-enum class TableType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// kInt8 are codes with a float16 scale for each 32 of a row; only the product of few rows has them.
+enum class TableType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+constexpr int64_t kTableGroup = 32;
 
 // Forward y [M, N] = x [M, K] . table^T; transposed y [M, K] = x [M, N] . table.
 struct TableJob {
   TableType type;
   const void* table;
+  const uint16_t* scales;  // [N, ceil(K / 32)] of kInt8, else null
   int64_t rows;   // N
   int64_t width;  // K
   int64_t m;
@@ -19,7 +22,7 @@ struct TableJob {
   float* y;
 };
 
-constexpr int64_t kTableFewRows = 3;   // up to this many rows of x, the table is read row by row
+constexpr int64_t kTableFewRows = 16;  // up to this many rows of x, the table is read row by row
 constexpr int64_t kTableBlock = 1024;  // table rows that a pass of the transposed product takes
 
 struct TableKernels {

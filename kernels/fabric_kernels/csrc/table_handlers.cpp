@@ -90,6 +90,32 @@ ffi::Error TableHandler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyB
   return ffi::Error::Success();
 }
 
+// x float32 [..., K], codes int8 [N, K], scales float16 [N, ceil(K / 32)] -> float32 [..., N]
+ffi::Error BlockTableHandler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                             ffi::BufferR2<ffi::S8> codes, ffi::BufferR2<ffi::F16> scales,
+                             ffi::Result<ffi::Buffer<ffi::F32>> y) {
+  auto selected = Select();
+  if (selected.has_error()) return selected.error();
+  const TableKernels& kernels = **selected;
+  TableJob job{};
+  job.type = TableType::kInt8;
+  job.table = codes.untyped_data();
+  job.scales = static_cast<const uint16_t*>(scales.untyped_data());
+  job.rows = codes.dimensions()[0];
+  job.width = codes.dimensions()[1];
+  const int64_t groups = (job.width + kTableGroup - 1) / kTableGroup;
+  if (scales.dimensions()[0] != job.rows || scales.dimensions()[1] != groups ||
+      x.dimensions().back() != job.width) {
+    return ffi::Error::InvalidArgument("a table of codes: the shapes do not fit");
+  }
+  job.m = CountRows(x);
+  job.x = x.typed_data();
+  job.y = y->typed_data();
+  ParallelFor(pool, kernels.few_rows_units(job),
+              [&](int64_t unit) { kernels.few_rows(job, unit); });
+  return ffi::Error::Success();
+}
+
 // g float32 [..., N], table [N, K] -> float32 [..., K]
 ffi::Error TableTransposedHandler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> g,
                                   ffi::AnyBuffer table, ffi::Result<ffi::Buffer<ffi::F32>> y) {
@@ -126,6 +152,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FabricTable, fabric::TableHandler,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FabricBlockTable, fabric::BlockTableHandler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::S8>>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F16>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FabricTableTransposed, fabric::TableTransposedHandler,

@@ -160,35 +160,165 @@ void TableTransposed(const TableJob& job, const float* packed, int64_t first, in
 }
 
 constexpr int64_t kFewRowsTable = 64;  // table rows in one piece of work
+constexpr int kTableRows = 4;           // table rows in flight
+constexpr int kTableTokens = 4;         // rows of x that share what was widened
+constexpr int64_t kTableAhead = 8192;   // bytes that are prefetched, at least
+
+// kLanes elements of x from `at`, zeros behind the last.
+inline Floats LoadX(const float* x, int64_t at, int64_t width) {
+  if (at + kLanes <= width) return Isa::LoadFloats(x + at);
+  alignas(64) float part[kLanes] = {};
+  std::memcpy(part, x + at, size_t(width - at) * 4);
+  return Isa::LoadFloats(part);
+}
+
+// Where four rows of a table lie; the last is repeated where there are fewer.
+template <class Element>
+struct FourRows {
+  const Element* at[kTableRows];
+  int64_t ahead;  // elements
+  FourRows(const Element* table, int64_t stride, int64_t n, int64_t rows) {
+    for (int r = 0; r < kTableRows; ++r) at[r] = table + std::min(n + r, rows - 1) * stride;
+    const int64_t step = kTableRows * stride;
+    ahead = step * CeilDiv(kTableAhead, std::max<int64_t>(1, step * int64_t(sizeof(Element))));
+  }
+};
+
+// y[m][n ..] = x[m] . table rows, for M rows of x from `m` on.
+template <TableType kType, int M>
+void TableTile(const TableJob& job, int64_t n, int64_t m) {
+  using Element = std::conditional_t<kType == TableType::kFloat32, float, uint16_t>;
+  constexpr int kParts = M == 1 ? 2 : 1;  // enough sums to hide the latency of one
+  const FourRows<Element> rows(static_cast<const Element*>(job.table), job.width, n, job.rows);
+  const float* x = job.x + m * job.width;
+  Floats acc[kTableRows][M][kParts];
+#pragma GCC unroll 16
+  for (auto& row : acc) {
+#pragma GCC unroll 16
+    for (auto& one : row) {
+#pragma GCC unroll 2
+      for (auto& part : one) part = Isa::SplatFloat(0);
+    }
+  }
+  int64_t k = 0;
+  for (; k + kParts * kLanes <= job.width; k += kParts * kLanes) {
+#pragma GCC unroll 2
+    for (int p = 0; p < kParts; ++p) {
+      const int64_t at = k + p * kLanes;
+      Floats own[M];
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) own[i] = Isa::LoadFloats(x + i * job.width + at);
+#pragma GCC unroll 4
+      for (int r = 0; r < kTableRows; ++r) {
+        __builtin_prefetch(rows.at[r] + at + rows.ahead, 0, 2);  // into the second level
+        const Floats w = LoadTable<kType>(rows.at[r], at);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) acc[r][i][p] = Isa::MultiplyAdd(own[i], w, acc[r][i][p]);
+      }
+    }
+  }
+  for (; k < job.width; k += kLanes) {
+    for (int r = 0; r < kTableRows; ++r) {
+      const Floats w = LoadTablePart<kType>(rows.at[r], k, job.width - k);
+      for (int i = 0; i < M; ++i) {
+        acc[r][i][0] = Isa::MultiplyAdd(LoadX(x + i * job.width, k, job.width), w, acc[r][i][0]);
+      }
+    }
+  }
+  for (int r = 0; r < kTableRows && n + r < job.rows; ++r) {
+    for (int i = 0; i < M; ++i) {
+      const Floats sum = kParts == 1 ? acc[r][i][0] : Isa::AddFloats(acc[r][i][0], acc[r][i][kParts - 1]);
+      job.y[(m + i) * job.rows + n + r] = Isa::SumFloats(sum);
+    }
+  }
+}
+
+// The same with int8 codes: each group of 32 is summed, then multiplied by its scale.
+template <int M>
+void BlockTile(const TableJob& job, int64_t n, int64_t m) {
+  static_assert(kTableGroup % kLanes == 0);
+  const int64_t groups = CeilDiv(job.width, kTableGroup), padded = RoundUp(groups, kLanes);
+  const FourRows<int8_t> rows(static_cast<const int8_t*>(job.table), job.width, n, job.rows);
+  const FourRows<uint16_t> halves(job.scales, groups, n, job.rows);
+  float* scales = reinterpret_cast<float*>(
+      ThreadScratch(Slot::kRow, size_t(kTableRows * padded) * sizeof(float)));
+  for (int r = 0; r < kTableRows; ++r) {
+    for (int64_t g = 0; g < groups; g += kLanes) {
+      Isa::StoreFloats(scales + r * padded + g,
+                       LoadTablePart<TableType::kFloat16>(halves.at[r], g, groups - g));
+    }
+  }
+  const float* x = job.x + m * job.width;
+  Floats acc[kTableRows][M];
+#pragma GCC unroll 4
+  for (auto& row : acc) {
+#pragma GCC unroll 4
+    for (auto& one : row) one = Isa::SplatFloat(0);
+  }
+  const int64_t whole = job.width / kTableGroup;
+  for (int64_t g = 0; g < whole; ++g) {
+    const int64_t k = g * kTableGroup;
+#pragma GCC unroll 4
+    for (int r = 0; r < kTableRows; ++r) {
+      __builtin_prefetch(rows.at[r] + k + rows.ahead, 0, 2);
+      Floats part[M];
+#pragma GCC unroll 8
+      for (int v = 0; v < kTableGroup; v += kLanes) {
+        const Floats w = Isa::LoadInt8(rows.at[r] + k + v);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) {
+          const Floats own = Isa::LoadFloats(x + i * job.width + k + v);
+          part[i] = v == 0 ? Isa::MulFloats(own, w) : Isa::MultiplyAdd(own, w, part[i]);
+        }
+      }
+      const Floats scale = Isa::SplatFloat(scales[r * padded + g]);
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) acc[r][i] = Isa::MultiplyAdd(part[i], scale, acc[r][i]);
+    }
+  }
+  for (int64_t k = whole * kTableGroup; k < job.width; k += kLanes) {
+    for (int r = 0; r < kTableRows; ++r) {
+      alignas(64) int8_t part[kLanes] = {};
+      std::memcpy(part, rows.at[r] + k, size_t(std::min<int64_t>(kLanes, job.width - k)));
+      const Floats w =
+          Isa::MulFloats(Isa::LoadInt8(part), Isa::SplatFloat(scales[r * padded + whole]));
+      for (int i = 0; i < M; ++i) {
+        acc[r][i] = Isa::MultiplyAdd(LoadX(x + i * job.width, k, job.width), w, acc[r][i]);
+      }
+    }
+  }
+  for (int r = 0; r < kTableRows && n + r < job.rows; ++r) {
+    for (int i = 0; i < M; ++i) job.y[(m + i) * job.rows + n + r] = Isa::SumFloats(acc[r][i]);
+  }
+}
+
+template <TableType kType, int M>
+inline void FewRowsTile(const TableJob& job, int64_t n, int64_t m) {
+  if constexpr (kType == TableType::kInt8) {
+    BlockTile<M>(job, n, m);
+  } else {
+    TableTile<kType, M>(job, n, m);
+  }
+}
 
 template <TableType kType>
 void TableFewRows(const TableJob& job, int64_t unit) {
   const int64_t end = std::min(job.rows, (unit + 1) * kFewRowsTable);
-  for (int64_t n = unit * kFewRowsTable; n < end; ++n) {
-    for (int64_t m = 0; m < job.m; ++m) {
-      const float* x = job.x + m * job.width;
-      Floats acc[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) acc[i] = Isa::SplatFloat(0);
-      int64_t k = 0;
-      for (; k + 4 * kLanes <= job.width; k += 4 * kLanes) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          acc[i] = Isa::MultiplyAdd(Isa::LoadFloats(x + k + i * kLanes),
-                                    LoadTable<kType>(job.table, n * job.width + k + i * kLanes),
-                                    acc[i]);
-        }
+  for (int64_t n = unit * kFewRowsTable; n < end; n += kTableRows) {
+    for (int64_t m = 0; m < job.m; m += kTableTokens) {
+      switch (std::min<int64_t>(kTableTokens, job.m - m)) {
+        case 1:
+          FewRowsTile<kType, 1>(job, n, m);
+          break;
+        case 2:
+          FewRowsTile<kType, 2>(job, n, m);
+          break;
+        case 3:
+          FewRowsTile<kType, 3>(job, n, m);
+          break;
+        default:
+          FewRowsTile<kType, 4>(job, n, m);
       }
-      for (; k < job.width; k += kLanes) {
-        alignas(64) float part[kLanes] = {};
-        const int64_t count = std::min<int64_t>(kLanes, job.width - k);
-        std::memcpy(part, x + k, size_t(count * 4));
-        acc[0] = Isa::MultiplyAdd(Isa::LoadFloats(part),
-                                  LoadTablePart<kType>(job.table, n * job.width + k, count),
-                                  acc[0]);
-      }
-      job.y[m * job.rows + n] = (Isa::SumFloats(acc[0]) + Isa::SumFloats(acc[1])) +
-                                (Isa::SumFloats(acc[2]) + Isa::SumFloats(acc[3]));
     }
   }
 }
@@ -201,12 +331,17 @@ void TableFewRows(const TableJob& job, int64_t unit) {
       return function<TableType::kBFloat16>(job, __VA_ARGS__); \
     case TableType::kFloat16:                                  \
       return function<TableType::kFloat16>(job, __VA_ARGS__);  \
+    case TableType::kInt8:                                     \
+      break;                                                   \
   }
 
 void RunTableForward(const TableJob& job, const float* packed, int64_t unit) {
   FABRIC_BY_TYPE(TableForward, packed, unit)
 }
-void RunTableFewRows(const TableJob& job, int64_t unit) { FABRIC_BY_TYPE(TableFewRows, unit) }
+void RunTableFewRows(const TableJob& job, int64_t unit) {
+  if (job.type == TableType::kInt8) return TableFewRows<TableType::kInt8>(job, unit);
+  FABRIC_BY_TYPE(TableFewRows, unit)
+}
 void RunTableTransposed(const TableJob& job, const float* packed, int64_t first, int64_t steps,
                         int64_t unit) {
   FABRIC_BY_TYPE(TableTransposed, packed, first, steps, unit)

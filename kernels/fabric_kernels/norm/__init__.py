@@ -1,5 +1,6 @@
 """RMS normalisation of rows, alone or of the gated product of a feed-forward."""
 
 from fabric_kernels.norm.api import Gate as Gate
+from fabric_kernels.norm.api import activate as activate
 from fabric_kernels.norm.api import gated_product as gated_product
 from fabric_kernels.norm.api import rms_norm as rms_norm

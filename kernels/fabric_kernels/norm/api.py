@@ -56,11 +56,12 @@ def gated_product(
     if _on_cpu(gate, implementation):
         own = jnp.zeros((0,), jnp.float32) if gain is None else gain.astype(jnp.float32)
         return _cpu((activation, eps), gate, up, own)
-    product = _activate(gate, activation) * up
+    product = activate(gate, activation) * up
     return product if gain is None else _normalise(product, gain, eps)
 
 
-def _activate(x: jax.Array, activation: Gate | None) -> jax.Array:
+def activate(x: jax.Array, activation: Gate | None) -> jax.Array:
+    """``silu(x)`` or ``max(x, 0)²``."""
     return jax.nn.silu(x) if activation == "silu" else jnp.square(jax.nn.relu(x))
 
 
@@ -109,7 +110,7 @@ def _cpu_bwd(how: _How, operands: _Operands, dy: jax.Array) -> _Operands:
     # Of no use where the gain is frozen; the compiler then leaves it out.
     if gain.size == 0:
         return dx, d_up, gain
-    product = x if how[0] is None else _activate(x, how[0]) * up
+    product = x if how[0] is None else activate(x, how[0]) * up
     normal = _normalise(product, jnp.ones_like(gain), how[1])
     return dx, d_up, jnp.sum((dy * normal).reshape(-1, gain.size), axis=0)
 

@@ -18,6 +18,7 @@ from fabric_kernels.table_matmul import xla
 from fabric_kernels.table_matmul.quantized import block_product, block_transposed
 
 Implementation = Literal["xla", "cpu"]
+FEW_ROWS = 16
 CPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -42,8 +43,7 @@ def table_matmul(
     """
     _check(x, table, 1)
     if isinstance(table, BlockTable):
-        _check_quantized(table, implementation)
-        return block_product(x, table)
+        return block_product(_codes_on_cpu(x, table, implementation), x, table)
     return _product(_on_cpu(table, implementation), x, table)
 
 
@@ -132,11 +132,22 @@ def _on_cpu(table: jax.Array, implementation: Implementation | None) -> bool:
     return implementation == "cpu"
 
 
+def _codes_on_cpu(x: jax.Array, table: BlockTable, implementation: Implementation | None) -> bool:
+    """Whether the kernel for a few rows and int8 codes runs; more rows are better off tiled."""
+    if implementation == "cpu" and table.bits == 8:
+        table.check()
+        return _on_cpu(table.scales, implementation)
+    _check_quantized(table, implementation)
+    few = x.size // max(1, x.shape[-1]) <= FEW_ROWS
+    return few and table.bits == 8 and implementation is None and _on_cpu(table.scales, None)
+
+
 def _check_quantized(table: BlockTable, implementation: Implementation | None) -> None:
     table.check()
     if implementation not in (None, "xla"):
         raise ValueError(
-            f"products with a quantised table have the implementation xla; found {implementation!r}"
+            "products with a quantised table have the implementation xla, and cpu where they are "
+            f"forward ones with int8 codes; found {implementation!r}"
         )
 
 

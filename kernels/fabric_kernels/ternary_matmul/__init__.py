@@ -10,6 +10,7 @@ from fabric_kernels.ternary_matmul.api import ternary_matmul as ternary_matmul
 from fabric_kernels.ternary_matmul.api import (
     ternary_matmul_transposed as ternary_matmul_transposed,
 )
+from fabric_kernels.ternary_matmul.prologue import Prologue as Prologue
 from fabric_kernels.ternary_matmul.select import Implementation as Implementation
 from fabric_kernels.ternary_matmul.select import SideImplementation as SideImplementation
 from fabric_kernels.ternary_matmul.select import select_implementation as select_implementation

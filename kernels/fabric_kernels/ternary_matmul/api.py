@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,19 @@ from jax.ad_checkpoint import checkpoint_name
 from fabric_kernels.gradients import with_gradient_of
 from fabric_kernels.low_rank import LowRank, low_rank_product
 from fabric_kernels.packing import Packing
-from fabric_kernels.ternary_matmul import cpu
-from fabric_kernels.ternary_matmul.select import Implementation, products, select_implementation
+from fabric_kernels.ternary_matmul import cpu, xla
+from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
+from fabric_kernels.ternary_matmul.select import (
+    WITH_ADAPTERS,
+    Implementation,
+    Product,
+    Products,
+    products,
+    products_with_adapters,
+    resolve,
+    select_implementation,
+    side_implementation,
+)
 from fabric_kernels.ternary_matmul.weight import TernaryWeight, no_gradient
 
 GradientBits = Literal[16, 24]
@@ -48,7 +59,7 @@ def ternary_matmul(
     chosen = select_implementation(implementation)
     weight = _weight(packed, x.shape[-1], packing)
     if x.dtype == jnp.int8:
-        return products(chosen).matmul(x, weight)
+        return _products(chosen, "linear", x, weight).matmul(x, weight)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"ternary_matmul takes int8 codes or floats, found {x.dtype}")
     return _float_matmul(chosen, x, weight)
@@ -88,6 +99,8 @@ def ternary_linear(
     weights: Sequence[TernaryWeight],
     adapters: Sequence[LowRank | None] | None = None,
     *,
+    prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
     kept: jax.Array | None = None,
     implementation: Implementation | None = None,
     gradient_bits: GradientBits = 16,
@@ -98,6 +111,8 @@ def ternary_linear(
         x: [..., K], floats; quantised per token to int8 by absmax, once for all matrices.
         weights: up to four, with the same K, packing and layer.
         adapters: a low-rank adapter for each weight, or None; it reads the un-quantised ``x``.
+        prologue: what happens to ``x`` first; some kernels do it on the way.
+        residual: [..., N] that the output of the only weight is added to, likewise.
         kept: what the backward pass reads in place of ``x``, of its shape and dtype; the gradient
             then goes to it, and none to ``x``.
         implementation: which one to run; ``None`` picks. A named one runs or raises.
@@ -112,7 +127,8 @@ def ternary_linear(
     Raises:
         TypeError: ``x`` is not a float, a weight not uint8 or a scale not float32, or ``kept`` is
             of another dtype than ``x``.
-        ValueError: shapes, packings or the number of weights do not fit, or a name is unknown.
+        ValueError: shapes, packings or the number of weights do not fit, a name is unknown, or both
+            a prologue and ``kept`` are given, or a residual and several weights.
     """
     chosen = select_implementation(implementation)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -135,8 +151,29 @@ def ternary_linear(
     for weight, adapter in zip(weights, own, strict=True):
         if adapter is not None:
             _check_adapter(weight, adapter)
-    if chosen == "cpu":
-        return _cpu_linear(gradient_bits, x, kept, tuple(weights), own)
+    if residual is not None and len(weights) > 1:
+        raise ValueError(f"a residual goes with one weight, found {len(weights)}")
+    if prologue is not None:
+        if kept is not None:
+            raise ValueError("what is kept is the input of the quantiser: give it no prologue")
+        if all(adapter is None for adapter in own) and _fuses(chosen, x, weights[0]):
+            return _linear_after(chosen, x, prologue, residual, tuple(weights))
+        side = side_implementation(implementation)
+        x = apply_prologue(x, prologue.of_layer(weights[0].layer), implementation=side)
+    outputs = _linear_of(chosen, gradient_bits, x, kept, tuple(weights), own)
+    return outputs if residual is None else (residual + outputs[0],)
+
+
+def _linear_of(
+    chosen: Implementation,
+    gradient_bits: GradientBits,
+    x: jax.Array,
+    kept: jax.Array | None,
+    weights: "_Weights",
+    own: "_Adapters",
+) -> tuple[jax.Array, ...]:
+    if _resolved(chosen, "linear", x, weights[0]) in WITH_ADAPTERS:
+        return _adapted_linear((chosen, gradient_bits), x, kept, tuple(weights), own)
     base_input = x if kept is None else with_gradient_of(x, kept)
     outputs = cast(tuple[jax.Array, ...], _linear(chosen, base_input, tuple(weights)))
     return tuple(
@@ -198,9 +235,22 @@ def _weight(packed: jax.Array, k: int, packing: Packing) -> TernaryWeight:
     return weight
 
 
+def _products(
+    chosen: Implementation, product: Product, rows: jax.Array, weight: TernaryWeight
+) -> Products:
+    """What runs a product of ``rows`` [..., K] or [..., N]."""
+    return products(_resolved(chosen, product, rows, weight))
+
+
+def _resolved(
+    chosen: Implementation, product: Product, rows: jax.Array, weight: TernaryWeight
+) -> Implementation:
+    return resolve(chosen, product, rows.size // max(rows.shape[-1], 1), weight)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_matmul(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> jax.Array:
-    return products(chosen).matmul(x, weight)
+    return _products(chosen, "linear_transposed", x, weight).matmul(x, weight)
 
 
 def _float_matmul_fwd(
@@ -220,7 +270,7 @@ _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_transposed(chosen: Implementation, g: jax.Array, weight: TernaryWeight) -> jax.Array:
-    return products(chosen).matmul_transposed(g, weight)
+    return _products(chosen, "linear_transposed", g, weight).matmul_transposed(g, weight)
 
 
 def _float_transposed_fwd(
@@ -243,7 +293,7 @@ _Weights = tuple[TernaryWeight, ...]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(chosen: Implementation, x: jax.Array, weights: _Weights) -> tuple[jax.Array, ...]:
-    return products(chosen).linear(x, weights)
+    return _products(chosen, "linear", x, weights[0]).linear(x, weights)
 
 
 def _linear_fwd(
@@ -255,37 +305,91 @@ def _linear_fwd(
 def _linear_bwd(
     chosen: Implementation, weights: _Weights, gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, _Weights]:
-    dx = products(chosen).linear_transposed(gradients, weights)
+    run = _products(chosen, "linear_transposed", gradients[0], weights[0])
+    dx = run.linear_transposed(gradients, weights)
     return dx, tuple(no_gradient(weight) for weight in weights)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
+def _fuses(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> bool:
+    """Whether the kernel for few tokens runs, which gates and normalises by itself."""
+    if _resolved(chosen, "linear", x, weight) != "triton":
+        return False
+    rows = x.size // max(x.shape[-1], 1)
+    return cast(Any, products("triton")).fuses_prologue(rows, weight)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cpu_linear(
-    bits: GradientBits,
+def _linear_after(
+    chosen: Implementation,
+    x: jax.Array,
+    prologue: Prologue,
+    residual: jax.Array | None,
+    weights: _Weights,
+) -> tuple[jax.Array, ...]:
+    del chosen
+    return cast(Any, products("triton")).linear_after(x, weights, prologue, residual)
+
+
+def _linear_after_fwd(
+    chosen: Implementation,
+    x: jax.Array,
+    prologue: Prologue,
+    residual: jax.Array | None,
+    weights: _Weights,
+) -> tuple[tuple[jax.Array, ...], tuple[Any, ...]]:
+    inputs = (x, prologue, residual, weights)
+    return _linear_after(chosen, *inputs), inputs
+
+
+def _linear_after_bwd(
+    chosen: Implementation, residuals: tuple[Any, ...], gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, Prologue, jax.Array | None, _Weights]:
+    """The gradient of the same step by step."""
+    x, prologue, residual, weights = residuals
+
+    def steps(x: jax.Array, prologue: Prologue) -> tuple[jax.Array, ...]:
+        alone = prologue.of_layer(weights[0].layer)
+        return _linear(chosen, apply_prologue(x, alone, implementation="xla"), weights)
+
+    dx, d_prologue = jax.vjp(steps, x, prologue)[1](gradients)
+    d_residual = None if residual is None else gradients[0]
+    return dx, d_prologue, d_residual, tuple(no_gradient(weight) for weight in weights)
+
+
+_linear_after.defvjp(_linear_after_fwd, _linear_after_bwd)
+
+
+_How = tuple[Implementation, GradientBits]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adapted_linear(
+    how: _How,
     x: jax.Array,
     kept: jax.Array | None,
     weights: _Weights,
     adapters: _Adapters,
 ) -> tuple[jax.Array, ...]:
-    del bits, kept
-    return cpu.linear(x, weights, adapters)[0]
+    del kept
+    name = _resolved(how[0], "linear", x, weights[0])
+    return products_with_adapters(name).linear_with_adapters(x, weights, adapters)[0]
 
 
 _Residuals = tuple[jax.Array | None, jax.Array | None, _Weights, _Adapters, tuple[jax.Array, ...]]
 
 
-def _cpu_linear_fwd(
-    bits: GradientBits,
+def _adapted_linear_fwd(
+    how: _How,
     x: jax.Array,
     kept: jax.Array | None,
     weights: _Weights,
     adapters: _Adapters,
 ) -> tuple[tuple[jax.Array, ...], _Residuals]:
-    del bits
-    outputs, narrow = cpu.linear(x, weights, adapters)
+    name = _resolved(how[0], "linear", x, weights[0])
+    outputs, narrow = products_with_adapters(name).linear_with_adapters(x, weights, adapters)
     # Kept under a name of their own, the narrow products spare a rematerialised backward pass the
     # whole call: they are R floats a token.
     narrow = tuple(checkpoint_name(u, NARROW_PRODUCT) for u in narrow)
@@ -296,22 +400,28 @@ def _cpu_linear_fwd(
     return outputs, (own, other, weights, adapters, narrow)
 
 
-def _cpu_linear_bwd(
-    bits: GradientBits, residuals: _Residuals, gradients: tuple[jax.Array, ...]
+def _adapted_linear_bwd(
+    how: _How, residuals: _Residuals, gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, jax.Array | None, _Weights, _Adapters]:
     x, kept, weights, adapters, narrow = residuals
     read = kept if x is None else x
     assert read is not None
-    dx, pairs = cpu.linear_transposed(read, gradients, weights, adapters, narrow, bits=bits)
+    name = _resolved(how[0], "linear_transposed", gradients[0], weights[0])
+    # A table may choose XLA, which has the products alone; what adapters add is Triton's then.
+    extra = {"products": xla.unscaled_transposed(gradients, weights)} if name == "xla" else {}
+    run = products_with_adapters("triton" if name == "xla" else name).transposed_with_adapters
+    dx, pairs = run(read, gradients, weights, adapters, narrow, bits=how[1], **extra)
     d_adapters = tuple(
-        adapter
-        if adapter is None
-        else LowRank(da.astype(adapter.a.dtype), db.astype(adapter.b.dtype), adapter.scale)
-        for adapter, (da, db) in zip(adapters, pairs, strict=True)
+        None
+        if adapter is None or pair is None
+        else LowRank(
+            pair[0].astype(adapter.a.dtype), pair[1].astype(adapter.b.dtype), adapter.scale
+        )
+        for adapter, pair in zip(adapters, pairs, strict=True)
     )
     frozen = tuple(no_gradient(weight) for weight in weights)
     own, other = (dx, None) if kept is None else (None, dx)
     return own, other, frozen, d_adapters
 
 
-_cpu_linear.defvjp(_cpu_linear_fwd, _cpu_linear_bwd)
+_adapted_linear.defvjp(_adapted_linear_fwd, _adapted_linear_bwd)

@@ -37,7 +37,7 @@ def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
     return y[0].astype(x.dtype)
 
 
-def linear(
+def linear_with_adapters(
     x: jax.Array, weights: Sequence[TernaryWeight], adapters: Sequence[LowRank | None]
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """``scale · (q(x) · codes^T) + adapter`` for each weight, the quantiser run once.
@@ -69,7 +69,7 @@ def matmul_transposed(g: jax.Array, weight: TernaryWeight) -> jax.Array:
     return dx.astype(g.dtype)
 
 
-def linear_transposed(
+def transposed_with_adapters(
     x: jax.Array,
     gradients: Sequence[jax.Array],
     weights: Sequence[TernaryWeight],
@@ -78,7 +78,7 @@ def linear_transposed(
     *,
     bits: Bits,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-    """The gradients of :func:`linear` by ``x``, and by A and B of each adapter (float32).
+    """The gradients of :func:`linear_with_adapters`: by ``x``, and by each A and B (float32).
 
     ``x`` may have no channels where there are no adapters.
     """

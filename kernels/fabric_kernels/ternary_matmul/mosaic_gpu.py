@@ -21,9 +21,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fabric_kernels.absmax import absmax_quantize
+from fabric_kernels.low_rank import LowRank
 from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
+from fabric_kernels.ternary_matmul import triton, xla
 from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_codes
+from fabric_kernels.ternary_matmul.triton_group import add_shares, quantized_rows
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 ROWS = 64
@@ -37,6 +39,14 @@ TILE_ROWS = 8
 MEMORY_REGISTERS = 40
 MULTIPROCESSORS = 132
 """Of an H100 SXM and an H200. Any number is correct: a block takes tiles until none are left."""
+
+
+UNPACKED_TOKENS = 1024
+"""From so many tokens on the product of the backward pass is XLA's, of a matrix that it unpacks.
+
+On an H200, for N = 3584 and K = 2048, it took 258 us at 8192 tokens and the Triton kernel 453, a
+product of floats that are there already 165.
+"""
 
 
 @dataclass(frozen=True)
@@ -98,17 +108,71 @@ def linear(
 
     Exact int32 sums are multiplied once in float32, by ``scale / activation scale``.
     """
-    codes, act_scale = absmax_quantize(x.reshape(-1, x.shape[-1]))
-    dtype = x.dtype if x.dtype in (jnp.bfloat16, jnp.float32) else jnp.dtype(jnp.float32)
-    outputs: list[jax.Array] = []
+    return linear_with_adapters(x, weights, (None,) * len(weights), interpret=interpret)[0]
+
+
+def linear_with_adapters(
+    x: jax.Array,
+    weights: Sequence[TernaryWeight],
+    adapters: Sequence[LowRank | None],
+    *,
+    interpret: Any = None,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """:func:`linear` with the adapters' products added, and what the backward pass reads.
+
+    Quantiser and adapters are Triton kernels, a launch each for all weights.
+    """
     for weight in weights:
-        scale = weight.scale
-        if scale.ndim and weight.layer is not None:
-            scale = lax.dynamic_index_in_dim(scale, weight.layer, keepdims=False)
-        factor = scale / act_scale[:, 0]
-        y = _product(codes, weight, factor, dtype, interpret=interpret)
-        outputs.append(y.reshape(*x.shape[:-1], weight.n).astype(x.dtype))
-    return tuple(outputs)
+        _check_packing(weight)
+    if x.size == 0:
+        return triton.linear_with_adapters(x, weights, adapters)
+    rows, leading, own = x.reshape(-1, x.shape[-1]), x.shape[:-1], tuple(adapters)
+    dtype = x.dtype if x.dtype in (jnp.bfloat16, jnp.float32) else jnp.dtype(jnp.float32)
+    tokens = max(choose_tiles(len(rows), weight.n).tokens for weight in weights)
+    width = max(PIECE_BYTES * 2, _up(weights[0].packed.shape[-1], PIECE_BYTES))
+    codes, factors, narrow = quantized_rows(
+        rows, tuple(weights), own, _up(len(rows), tokens), CODES_PER_BYTE * width
+    )
+    outputs = [
+        _product(codes, weight, factor, dtype, m=len(rows), interpret=interpret)
+        for weight, factor in zip(weights, factors, strict=True)
+    ]
+    outputs, kept = add_shares(rows, outputs, own, narrow)
+    return (
+        tuple(y.reshape(*leading, y.shape[-1]) for y in outputs),
+        tuple(u.reshape(*leading, u.shape[-1]) for u in kept),
+    )
+
+
+def linear_transposed(
+    gradients: Sequence[jax.Array], weights: Sequence[TernaryWeight]
+) -> jax.Array:
+    """``sum_i scale_i · (g_i[..., n_i] · codes_i)`` in the dtype of the first."""
+    few = gradients[0].size < UNPACKED_TOKENS * weights[0].n
+    return (triton if few else xla).linear_transposed(gradients, weights)
+
+
+def matmul_transposed(g: jax.Array, weight: TernaryWeight) -> jax.Array:
+    """``g[..., n] · codes`` in the dtype of ``g``."""
+    few = g.size < UNPACKED_TOKENS * weight.n
+    return (triton if few else xla).matmul_transposed(g, weight)
+
+
+def transposed_with_adapters(
+    x: jax.Array,
+    gradients: Sequence[jax.Array],
+    weights: Sequence[TernaryWeight],
+    adapters: Sequence[LowRank | None],
+    narrow: Sequence[jax.Array],
+    *,
+    bits: int = 16,
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array] | None]]:
+    """The gradients of :func:`linear_with_adapters`, as those of the Triton implementation."""
+    few = gradients[0].size < UNPACKED_TOKENS * weights[0].n
+    products = None if few else xla.unscaled_transposed(gradients, weights)
+    return triton.transposed_with_adapters(
+        x, gradients, weights, adapters, narrow, bits=bits, products=products
+    )
 
 
 def _product(
@@ -117,23 +181,32 @@ def _product(
     factor: jax.Array | None,
     dtype: jnp.dtype,
     *,
+    m: int | None = None,
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """[M, N] in ``dtype``: the int32 product of ``x`` int8 [M, K], times ``factor`` f32 [M]."""
-    if weight.packing != "ternary2":
-        raise ValueError(f"the Mosaic GPU kernel reads ternary2, found {weight.packing}")
-    m, n = x.shape[0], weight.n
+    """[m, N] in ``dtype``: the int32 product of ``x`` int8 [M, K], times ``factor`` f32 [M].
+
+    M and K may be more than there are tokens and inputs, with zeros past those inputs.
+    """
+    _check_packing(weight)
+    m, n = m or x.shape[0], weight.n
     tiles = tiles or choose_tiles(m, n)
     packed, layer = _aligned(weight, tiles)
     rows = max(tiles.tokens, _up(m, TILE_ROWS))
-    x = jnp.pad(x, ((0, rows - m), (0, CODES_PER_BYTE * packed.shape[2] - x.shape[1])))
+    right = CODES_PER_BYTE * packed.shape[2] - x.shape[1]
+    x = jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, max(0, right))))
     operands = [layer, packed, x]
     if factor is not None:
-        operands.append(jnp.pad(factor, (0, _up(rows, tiles.tokens) - m)))
+        operands.append(jnp.pad(factor, (0, max(0, _up(rows, tiles.tokens) - len(factor)))))
     outputs = _up(packed.shape[1], SWIZZLE // dtype.itemsize)
     call = _call(tiles, (rows, outputs), dtype, factor is not None, interpret)
     return call(*operands)[:m, :n]
+
+
+def _check_packing(weight: TernaryWeight) -> None:
+    if weight.packing != "ternary2":
+        raise ValueError(f"the Mosaic GPU kernel reads ternary2, found {weight.packing}")
 
 
 def _up(size: int, multiple: int) -> int:

@@ -1,7 +1,7 @@
 """The portable GPU implementation: Pallas-Triton kernels for NVIDIA and, by lowering, AMD.
 
-Activations are quantised once for a group of matrices and laid out in planes (``triton_kernels``):
-by XLA, or for a few tokens by one kernel. Fields 0, 1, 2 of a byte enter the products as they are;
+Activations are quantised once for a group of matrices and laid out in planes (``triton_kernels``),
+by one kernel. Fields 0, 1, 2 of a byte enter the products as they are;
 the -1 of each code is one subtraction of the sum of a token's codes, exact in int32.
 
 JAX has deprecated this backend in 0.11 and will remove it; its warning goes no further than
@@ -9,44 +9,48 @@ JAX has deprecated this backend in 0.11 and will remove it; its warning goes no 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fabric_kernels.absmax import absmax_quantize
-from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE
-from fabric_kernels.ternary_matmul.triton_call import on_platform, without_deprecation
+from fabric_kernels.low_rank import LowRank
+from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
+from fabric_kernels.ternary_matmul.triton_group import (
+    add_by_xla,
+    linear_group,
+    transposed_group,
+)
+from fabric_kernels.ternary_matmul.triton_layout import (
+    MULTIPROCESSORS,
+    check_float,
+    kernels,
+    planes_of,
+    power,
+    product_tile,
+    stack_of,
+    width_of,
+)
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
+from fabric_kernels.triton_call import on_platform
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from fabric_kernels.ternary_matmul.triton_kernels import Tile
 
-FEW_TOKENS = 8
-"""Up to these many rows a product is bound by reading the weights."""
-MULTIPROCESSORS = 132
-"""Programs that a large GPU runs at once; smaller ones only take more turns."""
-FLOATS = ("bfloat16", "float16", "float32")
+FEW_TOKENS = 2
+"""Up to these many rows each program takes whole rows of weights and quantises the tokens itself.
 
-
-def kernels() -> "tuple[ModuleType, ModuleType]":
-    """The kernels on matrix units and the one for few tokens.
-
-    Raises:
-        NotImplementedError: this JAX has no Pallas Triton.
-    """
-    try:
-        with without_deprecation():
-            from fabric_kernels.ternary_matmul import triton_few_tokens, triton_kernels
-    except ImportError as error:
-        raise NotImplementedError(
-            f"jax {jax.__version__} has no Pallas Triton; use implementation xla or mosaic_gpu"
-        ) from error
-    return triton_kernels, triton_few_tokens
+From there on matrix units are faster (H200, N 13824, K 5120: 16 us for one token, 86 for eight; 24
+for 64 on matrix units).
+"""
+GATED_BY_EACH = 4096
+"""Channels up to which each program computes the gate too. On an H200, of 13824 channels, gate,
+norm and product took 33 us, norm and product 16: more than a launch for the gate."""
+LEAST_BYTES = 512
+"""Of a row of weights in a program: 16 for each thread of a warp, whose words lie side by side."""
 
 
 # ---- the functions of an implementation --------------------------------------------------------
@@ -57,24 +61,68 @@ def linear(x: jax.Array, weights: Sequence[TernaryWeight]) -> tuple[jax.Array, .
 
     Up to ``FEW_TOKENS`` rows and in ``ternary2``, all weights in one launch.
     """
-    _check_float(x)
-    return _integer(x, tuple(weights), x.dtype)
+    return linear_with_adapters(x, weights, (None,) * len(weights))[0]
+
+
+def linear_with_adapters(
+    x: jax.Array, weights: Sequence[TernaryWeight], adapters: Sequence[LowRank | None]
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """:func:`linear` with the adapters' products added, and what the backward pass reads."""
+    check_float(x)
+    rows, leading = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    own, all_ = tuple(adapters), tuple(weights)
+    if rows.shape[0] == 0:
+        none = [jnp.zeros((0, weight.n), x.dtype) for weight in weights]
+        outputs, narrow = add_by_xla(rows, none, own)
+    elif _are_few(rows, all_):
+        outputs, narrow = add_by_xla(rows, _few_tokens(rows, all_, x.dtype), own)
+    else:
+        outputs, narrow = linear_group(rows, all_, own)
+    return _with_axes(outputs, leading), _with_axes(narrow, leading)
+
+
+def fuses_prologue(rows: int, weight: TernaryWeight) -> bool:
+    """Whether :func:`linear_after` takes these."""
+    return 0 < rows <= FEW_TOKENS and weight.packing == "ternary2"
+
+
+def linear_after(
+    x: jax.Array,
+    weights: Sequence[TernaryWeight],
+    prologue: Prologue,
+    residual: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """``residual + linear(norm(act(gate) · x))`` in one launch; where :func:`fuses_prologue`.
+
+    The gate has one of its own where there are many channels.
+    """
+    check_float(x)
+    if prologue.gate is not None and x.shape[-1] > GATED_BY_EACH:
+        gated = replace(prologue, gain=None)
+        x = apply_prologue(x, gated, implementation="xla")
+        prologue = replace(prologue, gate=None, activation=None)
+    gate = prologue.gate
+    flat = replace(prologue, gate=None if gate is None else gate.reshape(-1, x.shape[-1]))
+    rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    outputs = _few_tokens(x.reshape(-1, x.shape[-1]), tuple(weights), x.dtype, flat, rows)
+    return _with_axes(outputs, x.shape[:-1])
 
 
 def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
     """``x[..., k] · codes[n, k]^T``: int32 for int8 ``x``, else in the dtype of ``x``."""
     if x.dtype == jnp.int8:
-        return _integer(x, (weight,), jnp.dtype(jnp.int32))[0]
-    _check_float(x)
+        return _integer(x, weight)
+    check_float(x)
     rows = x.reshape(-1, x.shape[-1])
     m = rows.shape[0]
     if m == 0:
         return jnp.zeros((*x.shape[:-1], weight.n), x.dtype)
-    tile = _product_tile(m, weight.n, _width(weight), x.dtype)
-    planes = _planes(rows, weight, tile)
-    call = partial(kernels()[0].product, m=m, tile=tile, packing=weight.packing, dtype=x.dtype)
-    packed, _, layer = _stack(weight)
-    return on_platform(call, planes, packed, layer).reshape(*x.shape[:-1], weight.n)
+    tile = product_tile(m, weight.n, width_of(weight), x.dtype)
+    planes = planes_of(rows, weight, tile.m, tile.w)
+    packed, _, layer = stack_of(weight)
+    call = partial(_products, m=m, tile=tile, packing=weight.packing, dtype=x.dtype)
+    (y,) = on_platform(call, planes, (packed,), (layer,), None)
+    return y.reshape(*x.shape[:-1], weight.n)
 
 
 def linear_transposed(
@@ -84,217 +132,131 @@ def linear_transposed(
 
     Summed in float32, rounded once.
     """
-    total: jax.Array | None = None
-    for i, (g, weight) in enumerate(zip(gradients, weights, strict=True)):
-        last = i == len(weights) - 1
-        dtype = gradients[0].dtype if last else jnp.dtype(jnp.float32)
-        total = _transposed(g, weight, total, dtype, scaled=True)
-    assert total is not None
-    return total.reshape(*gradients[0].shape[:-1], weights[0].k)
+    none = (None,) * len(weights)
+    return transposed_with_adapters(None, gradients, weights, none, ())[0]
+
+
+def transposed_with_adapters(
+    x: jax.Array | None,
+    gradients: Sequence[jax.Array],
+    weights: Sequence[TernaryWeight],
+    adapters: Sequence[LowRank | None],
+    narrow: Sequence[jax.Array],
+    *,
+    bits: int = 16,
+    products: Sequence[jax.Array] | None = None,
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array] | None]]:
+    """The gradients of :func:`linear_with_adapters`: by ``x``, and by A and B (float32).
+
+    ``x`` is not read where there are no adapters. ``products`` are the gradients' with codes,
+    not scaled, where they have been computed. Fixed-point numbers, whose ``bits`` these are, aren't
+    used here.
+    """
+    del bits
+    for g in gradients:
+        check_float(g)
+    leading, k = gradients[0].shape[:-1], weights[0].k
+    if gradients[0].size == 0:
+        pairs = [
+            None if a is None else (jnp.zeros(a.a.shape), jnp.zeros(a.b.shape)) for a in adapters
+        ]
+        return jnp.zeros((*leading, k), gradients[0].dtype), pairs
+    some = any(adapter is not None for adapter in adapters)
+    rows = [g.reshape(-1, g.shape[-1]) for g in gradients]
+    dx, pairs = transposed_group(
+        x.reshape(-1, k) if some and x is not None else None,
+        tuple(rows),
+        tuple(weights),
+        tuple(adapters),
+        [u.reshape(len(rows[0]), u.shape[-1]) for u in narrow],
+        None if products is None else [p.reshape(-1, k) for p in products],
+    )
+    return dx.reshape(*leading, k), pairs
 
 
 def matmul_transposed(g: jax.Array, weight: TernaryWeight) -> jax.Array:
     """``g[..., n] · codes`` in the dtype of ``g``."""
-    dx = _transposed(g, weight, None, g.dtype, scaled=False)
-    return dx.reshape(*g.shape[:-1], weight.k)
+    return linear_transposed((g,), (replace(weight, scale=jnp.ones((), jnp.float32)),))
 
 
 # ---- calls of kernels --------------------------------------------------------------------------
 
 
-def _integer(
-    x: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype
-) -> tuple[jax.Array, ...]:
-    """Products of int8 codes, exact; of floats, what ``linear`` returns."""
+def _integer(x: jax.Array, weight: TernaryWeight) -> jax.Array:
+    """The exact product of int8 codes."""
     rows = x.reshape(-1, x.shape[-1])
-    m = rows.shape[0]
+    m, dtype = rows.shape[0], jnp.dtype(jnp.int32)
     if m == 0:
-        return tuple(jnp.zeros((*x.shape[:-1], w.n), dtype) for w in weights)
-    if m <= FEW_TOKENS and weights[0].packing == "ternary2":
-        outputs = _few_tokens(rows, weights, dtype)
-    else:
-        outputs = _many_tokens(rows, weights, dtype)
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        return jnp.zeros((*x.shape[:-1], weight.n), dtype)
+    few = _are_few(rows, (weight,))
+    (y,) = _few_tokens(rows, (weight,), dtype) if few else (_many_tokens(rows, weight),)
+    return y.reshape(*x.shape[:-1], weight.n)
 
 
-def _quantized(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Codes [M, K], their sums int32 [M], and what multiplies a token, float32 [M]."""
-    factor = None
-    if rows.dtype != jnp.int8:
-        rows, scale = absmax_quantize(rows)
-        factor = 1.0 / scale[:, 0]
-    return rows, jnp.sum(rows, axis=-1, dtype=jnp.int32), factor
+def _are_few(rows: jax.Array, weights: Sequence[TernaryWeight]) -> bool:
+    return rows.shape[0] <= FEW_TOKENS and weights[0].packing == "ternary2"
 
 
-def _many_tokens(
-    rows: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype
+def _with_axes(rows: Sequence[jax.Array], leading: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    return tuple(one.reshape(*leading, one.shape[-1]) for one in rows)
+
+
+def _many_tokens(codes: jax.Array, weight: TernaryWeight) -> jax.Array:
+    m = codes.shape[0]
+    tile = product_tile(m, weight.n, width_of(weight), codes.dtype)
+    planes = planes_of(codes, weight, tile.m, tile.w)
+    sums = jnp.pad(jnp.sum(codes, axis=-1, dtype=jnp.int32), (0, planes.shape[1] - m))
+    packed, _, layer = stack_of(weight)
+    call = partial(_products, m=m, tile=tile, packing=weight.packing, dtype=jnp.dtype(jnp.int32))
+    return on_platform(call, planes, (packed,), (layer,), sums)[0]
+
+
+def _products(
+    planes: jax.Array, packed: Any, layers: Any, sums: Any, **options: Any
 ) -> tuple[jax.Array, ...]:
-    m = rows.shape[0]
-    rows, sums, factor = _quantized(rows)
-    tile = _product_tile(m, min(w.n for w in weights), _width(weights[0]), rows.dtype)
-    planes = _planes(rows, weights[0], tile)
-    pad = (0, planes.shape[1] - m)
-    sums = jnp.pad(sums, pad)
-    factor = None if factor is None else jnp.pad(factor, pad)
-    return tuple(_product(planes, w, m, tile, sums, factor, dtype) for w in weights)
-
-
-def _product(
-    planes: jax.Array,
-    weight: TernaryWeight,
-    m: int,
-    tile: "Tile",
-    sums: jax.Array,
-    factor: jax.Array | None,
-    dtype: jnp.dtype,
-) -> jax.Array:
-    packed, scale, layer = _stack(weight)
-    quantized = (sums,) if factor is None else (sums, factor, scale)
-
-    def call(
-        planes: jax.Array, packed: jax.Array, layer: jax.Array, quantized: Any, *, mode: Any
-    ) -> jax.Array:
-        return kernels()[0].product(
-            planes,
-            packed,
-            layer,
-            m,
-            tile,
-            packing=weight.packing,
-            mode=mode,
-            quantized=quantized,
-            dtype=dtype,
-        )
-
-    return on_platform(call, planes, packed, layer, quantized)
+    return kernels()[0].products(planes, packed, layers, sums=sums, **options)
 
 
 def _few_tokens(
-    rows: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype
+    rows: jax.Array,
+    weights: tuple[TernaryWeight, ...],
+    dtype: jnp.dtype,
+    prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    m, width = rows.shape[0], _width(weights[0])
-    tile = _row_tile(m, width)
-    packed, scales, layers = zip(*(_stack(w) for w in weights), strict=True)
+    tile = _row_tile(width_of(weights[0]), sum(w.n for w in weights))
+    packed, scales, layers = zip(*(stack_of(w) for w in weights), strict=True)
+    before = prologue or Prologue()
 
-    def call(rows: jax.Array, packed: Any, layers: Any, scales: Any, *, mode: Any) -> Any:
+    def call(
+        rows: jax.Array, before: Prologue, residual: Any, weights: tuple[Any, ...], *, mode: Any
+    ) -> Any:
         few = kernels()[1]
-        if rows.dtype == jnp.int8 or mode == "rocm":
-            codes, sums, factor = _quantized(rows)
-            planes = _planes(codes, weights[0], tile)
-        else:
-            planes, sums, factor = few.quantize(rows, width + -width % tile.w, mode=mode)
-        factors = None if factor is None else (factor, scales)
-        return few.few_tokens(
-            planes, packed, layers, m, tile, mode=mode, sums=sums, factors=factors, dtype=dtype
+        row = few.Row(
+            x=rows,
+            gate=before.gate,
+            activation=before.activation,
+            gain=before.gain,
+            eps=before.eps,
+            residual=residual,
         )
+        if rows.dtype != jnp.int8 and mode == "rocm":
+            alone = before.of_layer(weights[1][0][0])
+            codes, scale = absmax_quantize(apply_prologue(rows, alone, implementation="xla"))
+            row = few.Row(x=codes, factors=1.0 / scale[:, 0], residual=residual)
+        return few.few_tokens(row, *weights, tile, mode=mode, dtype=dtype)
 
-    return on_platform(call, rows, packed, layers, scales)
-
-
-def _transposed(
-    g: jax.Array, weight: TernaryWeight, before: jax.Array | None, dtype: jnp.dtype, scaled: bool
-) -> jax.Array:
-    """[M, K]."""
-    _check_float(g)
-    rows = g.reshape(-1, g.shape[-1])
-    m, n = rows.shape
-    if m == 0:
-        return jnp.zeros((0, weight.k), dtype)
-    tile = _transposed_tile(m, _width(weight), g.dtype)
-    rows = jnp.pad(rows, ((0, -m % tile.m), (0, -n % tile.n)))
-    packed, scale, layer = _stack(weight)
-
-    def call(rows: Any, packed: Any, layer: Any, scale: Any, before: Any, *, mode: Any) -> Any:
-        return kernels()[0].transposed(
-            rows,
-            packed,
-            layer,
-            (m, weight.k),
-            tile,
-            packing=weight.packing,
-            mode=mode,
-            scale=scale,
-            before=before,
-            dtype=dtype,
-        )
-
-    return on_platform(call, rows, packed, layer, scale if scaled else None, before)
+    return on_platform(call, rows, before, residual, (packed, layers, scales))
 
 
-def _check_float(x: jax.Array) -> None:
-    if x.dtype.name not in FLOATS:
-        raise TypeError(f"the Triton kernels take {', '.join(FLOATS)}, found {x.dtype}")
+def _row_tile(width: int, n: int) -> "Tile":
+    """Whole rows of the matrix, 16 bytes of each at least and about 128 in all to a thread.
 
-
-# ---- layouts and sizes -------------------------------------------------------------------------
-
-
-def _stack(weight: TernaryWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Bytes uint8 [L, N, W], scale float32 [L] or [1], layer int32 [1]."""
-    # Triton's offsets are of 32 bits, signed, and JAX asks for 64 only from 2^32 bytes on.
-    if weight.layer is not None and 1 << 31 <= weight.packed.size <= 1 << 32:
-        weight = weight.single()
-    if weight.layer is None:
-        layer = np.zeros(1, np.int32)
-        return weight.packed[None], weight.scale.reshape(1), jnp.asarray(layer)
-    layer = jnp.asarray(weight.layer).astype(jnp.int32).reshape(1)
-    return weight.packed, weight.scale.reshape(-1), layer
-
-
-def _width(weight: TernaryWeight) -> int:
-    return weight.packed.shape[-1]
-
-
-def _planes(rows: jax.Array, weight: TernaryWeight, tile: "Tile") -> jax.Array:
-    """Activations [M, K] as [P, M', W'], filled up with zeros to whole tiles."""
-    m, k = rows.shape
-    width = _width(weight)
-    bottom = -m % tile.m
-    right = -width % tile.w
-    if weight.packing == "ternary2":
-        rows = jnp.pad(rows, ((0, bottom), (0, CODES_PER_BYTE * (width + right) - k)))
-        return rows.reshape(m + bottom, width + right, CODES_PER_BYTE).transpose(2, 0, 1)
-    rows = jnp.pad(rows, ((0, bottom), (0, DIGITS_PER_BYTE * width - k)))
-    planes = rows.reshape(m + bottom, DIGITS_PER_BYTE, width).transpose(1, 0, 2)
-    return jnp.pad(planes, ((0, 0), (0, 0), (0, right)))
-
-
-# Tiles and their pipelines keep to 96 KiB of shared memory, that of the smaller NVIDIA GPUs since
-# Ampere; AMD's compiler buffers a stage less, which comes to half of that.
-
-
-def _product_tile(m: int, n: int, width: int, dtype: jnp.dtype) -> "Tile":
-    tile = kernels()[0].Tile
-    if dtype == jnp.float32:
-        return tile(m=min(32, _power(m, 16)), n=32, w=32, warps=4, stages=2)
-    w = 64 // (dtype.itemsize)
-    for tokens, outputs, warps in ((128, 128, 8), (128, 64, 4)):
-        if m >= tokens and -(-m // tokens) * -(-n // outputs) >= MULTIPROCESSORS:
-            return tile(m=tokens, n=outputs, w=w, warps=warps, stages=2)
-    tokens = min(64, _power(m, 16))
-    return tile(
-        m=tokens, n=64, w=min(2 * w, _power(width, 32)), warps=4, stages=min(4, 64 // tokens + 1)
-    )
-
-
-def _row_tile(m: int, width: int) -> "Tile":
-    """16 bytes a thread, and few enough sums for its registers."""
-    warps = 1
-    while warps < 8 and -(-width // (512 * warps)) > 3:
-        warps *= 2
-    rows = 4 if m <= 2 else 2 if m <= 4 else 1
-    return kernels()[0].Tile(m=1, n=rows, w=512 * warps, warps=warps, stages=1)
-
-
-def _transposed_tile(m: int, width: int, dtype: jnp.dtype) -> "Tile":
-    tile = kernels()[0].Tile
-    if dtype == jnp.float32:
-        return tile(m=min(32, _power(m, 16)), n=32, w=32, warps=4, stages=2)
-    if m >= 128 and -(-m // 128) * -(-width // 64) >= MULTIPROCESSORS:
-        return tile(m=128, n=64, w=64, warps=8, stages=2)
-    return tile(m=min(64, _power(m, 16)), n=64, w=32, warps=4, stages=3)
-
-
-def _power(value: int, least: int) -> int:
-    """The next power of two, at least ``least``."""
-    return max(least, 1 << (value - 1).bit_length())
+    ``n`` rows of a group take many more threads than the GPU has, or tiles are lower.
+    """
+    w = power(width, LEAST_BYTES)
+    warps = 4 if w <= 2048 else 8
+    rows = max(4, 128 * 32 * warps // w)
+    while rows > 4 and -(-n // rows) < 2 * MULTIPROCESSORS:
+        rows //= 2
+    return kernels()[0].Tile(m=1, n=rows, w=w, warps=warps, stages=1)

@@ -1,102 +1,135 @@
 """A Pallas-Triton kernel for few tokens, where reading the weights is what takes time.
 
-No matrix units: four bytes of weights and of each plane of activations are words for ``dp4a``.
+No matrix units: four bytes of weights and of each plane of activations are words for ``dp4a``. A
+program first asks for its rows of weights, then makes the codes of a token while they arrive: it
+gates, normalises and quantises the row by itself, as every other program does, which costs less
+than a launch of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.absmax import EPSILON
-from fabric_kernels.ternary_matmul.triton_call import Mode
+from fabric_kernels.norm import Gate, activate
+from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul.triton_kernels import Ref, Tile, scale_at
+from fabric_kernels.triton_call import Mode
 
-MAX_UNROLLED = 8
-"""Vectors of a row whose loads are all in one straight run of code."""
-
-# Four fields times four activations each, added to a sum. Of the four sums of a group of four
-# elements only the first is in use: the others stay 0, which the compiler finds out.
+# Four fields times four activations each, added up. Of the four sums of a group of four elements
+# only the first is in use: the others are 0, which the compiler finds out.
 _DOT = (
-    "{ .reg .b32 f, s; and.b32 f, $4, 0x03030303; dp4a.s32.s32 s, f, $5, $9;"
+    "{ .reg .b32 f, s; and.b32 f, $4, 0x03030303; dp4a.s32.s32 s, f, $5, 0;"
     + "".join(
         f" shr.b32 f, $4, {2 * j}; and.b32 f, f, 0x03030303; dp4a.s32.s32 s, f, ${5 + j}, s;"
         for j in (1, 2, 3)
     )
-    + " mov.b32 $0, s; mov.b32 $1, $10; mov.b32 $2, $11; mov.b32 $3, $12; }"
+    + " mov.b32 $0, s; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
 )
+
+_EPSILON_BITS = int(np.float32(EPSILON).view(np.int32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How a token becomes codes.
+
+    Attributes:
+        x: int8 codes [M, K], or floats that are quantised.
+        factors: what multiplies the product of a token, float32 [M], where ``x`` is codes of
+            floats; None for the bare product.
+        gate: floats [M, K], whose activation multiplies ``x`` first; or None.
+        activation: of the gate.
+        gain: floats [K], or [L, K] of which the matrices' layer is read, of an RMS norm before the
+            quantiser; or None.
+        eps: of the norm.
+        residual: [M, N], what the product of the only matrix is added to; or None.
+    """
+
+    x: jax.Array
+    factors: jax.Array | None = None
+    gate: jax.Array | None = None
+    activation: Gate | None = None
+    gain: jax.Array | None = None
+    eps: float = 0.0
+    residual: jax.Array | None = None
+
+    @property
+    def operands(self) -> dict[str, jax.Array]:
+        """The arrays that are there."""
+        own = {
+            "x": self.x,
+            "factors": self.factors,
+            "gate": self.gate,
+            "gain": self.gain,
+            "residual": self.residual,
+        }
+        return {name: array for name, array in own.items() if array is not None}
 
 
 def few_tokens(
-    planes: jax.Array,
+    row: Row,
     packed: Sequence[jax.Array],
     layers: Sequence[jax.Array],
-    m: int,
+    scales: Sequence[jax.Array],
     tile: Tile,
     *,
     mode: Mode,
-    sums: jax.Array,
-    factors: tuple[jax.Array, Sequence[jax.Array]] | None,
     dtype: Any,
 ) -> tuple[jax.Array, ...]:
-    """``x · codes^T`` of int8 tokens and several ``ternary2`` matrices in one launch.
+    """Products of some tokens and several ``ternary2`` matrices, in one launch.
 
-    A program takes tile.n rows of a matrix, each as vectors along k: what the elements of a vector
-    are, and which of them form a word for ``dp4a``, makes no difference to a sum over all of them.
+    A program takes tile.n rows of a matrix, whole.
 
     Args:
-        planes: int8 [4, M', W'], zeros past the row; W' whole tiles.
+        row: the tokens.
         packed: uint8 [L, N, W] each, with the same W.
         layers: int32 [1] each.
-        m: tokens, at most M'.
+        scales: float32 [L] or [1] each; of no effect on bare products.
         tile: sizes.
-        mode: what runs it.
-        sums: int32 [M'], of the codes of a token.
-        factors: what multiplies a token, float32 [M'], and each matrix, float32 [L] or [1].
+        mode: what runs it; ``rocm``, where nothing rounds as exactly, takes codes only.
         dtype: of the results.
 
     Returns:
-        [m, N] each.
+        [M, N] each.
     """
+    m = row.x.shape[0]
     programs = [pl.cdiv(p.shape[1], tile.n) for p in packed]
-    scaled = (factors[0], *factors[1]) if factors else ()
     return tuple(
         pl.pallas_call(
-            partial(_rows_of_group, programs=programs, m=m, tile=tile, mode=mode),
+            partial(_rows_of_group, row=row, programs=programs, tile=tile, mode=mode),
             out_shape=[jax.ShapeDtypeStruct((m, p.shape[1]), dtype) for p in packed],
             grid=(sum(programs),),
             compiler_params=tile.params(),
             interpret=mode == "interpret",
             name="ternary_few_tokens",
-        )(planes, sums, *layers, *packed, *scaled)
+        )(*row.operands.values(), *layers, *packed, *scales)
     )
 
 
-def _rows_of_group(
-    x: Ref, sums: Ref, *rest: Ref, programs: list[int], m: int, tile: Tile, mode: Mode
-) -> None:
+def _rows_of_group(*refs: Ref, row: Row, programs: list[int], tile: Tile, mode: Mode) -> None:
     """One program of ``few_tokens``: finds its matrix, which comes after those before it."""
-    count = len(programs)
-    refs, outputs = rest[:-count], rest[-count:]
-    factors = refs[2 * count :]
+    names, count = list(row.operands), len(programs)
+    tokens = dict(zip(names, refs, strict=False))
+    rest = refs[len(names) :]
+    layers, packed, scales, outputs = (rest[i * count : (i + 1) * count] for i in range(4))
     program = pl.program_id(0)
     start = 0
-    for g, (length, out) in enumerate(zip(programs, outputs, strict=True)):
+    for g, length in enumerate(programs):
         run = partial(
             _rows,
-            x,
-            sums,
-            refs[g],
-            refs[count + g],
-            (factors[0], factors[1 + g]) if factors else None,
-            out,
+            (tokens, row),
+            (layers[g], packed[g], scales[g]),
+            outputs[g],
             (program - start) * tile.n,
-            m=m,
             tile=tile,
             mode=mode,
         )
@@ -108,132 +141,149 @@ def _rows_of_group(
 
 
 def _rows(
-    x: Ref,
-    sums: Ref,
-    layer: Ref,
-    packed: Ref,
-    factors: tuple[Ref, Ref] | None,
+    tokens: tuple[dict[str, Ref], Row],
+    weight: tuple[Ref, Ref, Ref],
     out: Ref,
-    row: jax.Array,
+    first: jax.Array,
     *,
-    m: int,
     tile: Tile,
     mode: Mode,
 ) -> None:
     """All tokens by tile.n rows of a matrix."""
+    layer, packed, scale = weight
     index = layer[0]
-    # Rows past the end are the last one over again.
-    rows = [jnp.minimum(row + r, out.shape[1] - 1) for r in range(tile.n)]
-    totals = _row_sums(x, packed, index, rows, m, tile, mode)
-    for t in range(m):
-        for r in range(tile.n):
-            y = jnp.sum(totals[r][t]) - sums[t]
-            if factors is not None:
-                y = y.astype(jnp.float32) * (factors[0][t] * scale_at(factors[1], index))
-            out[t, rows[r]] = y.astype(out.dtype)
-
-
-def _row_sums(
-    x: Ref, packed: Ref, layer: jax.Array, rows: list[jax.Array], m: int, tile: Tile, mode: Mode
-) -> list[list[jax.Array]]:
-    """Partial sums [tile.w] for each row and token, to be added up."""
     width = packed.shape[2]
-
-    def step(i: Any, totals: list[list[jax.Array]]) -> list[list[jax.Array]]:
-        at = i * tile.w
-        columns = at + lax.iota(jnp.int32, tile.w)
-        inside = columns < width if width % tile.w else None
-        bytes_ = [plgpu.load(packed.at[layer, row, columns], mask=inside) for row in rows]
-        totals = [list(row) for row in totals]
-        for t in range(m):
-            fields = [x[j, t, pl.ds(at, tile.w)] for j in range(4)]
-            for r, v in enumerate(bytes_):
-                totals[r][t] = _dot(v, fields, totals[r][t], mode)
-        return totals
-
-    totals = [[jnp.zeros((tile.w,), jnp.int32)] * m for _ in rows]
-    steps = pl.cdiv(width, tile.w)
-    if steps > MAX_UNROLLED:
-        return lax.fori_loop(0, steps, step, totals)
-    for i in range(steps):
-        totals = step(i, totals)
-    return totals
+    columns = lax.iota(jnp.int32, tile.w)
+    # Rows past the end are the last one over again, and are not stored.
+    numbers = first + lax.iota(jnp.int32, tile.n)
+    rows = jnp.minimum(numbers, out.shape[1] - 1)
+    bytes_ = plgpu.load(
+        packed.at[index, _wide(rows, tile), _long(columns, tile)],
+        mask=_long(columns < width, tile) if width != tile.w else None,
+    )
+    for t in range(out.shape[0]):
+        planes, total, factor = _codes(*tokens, t, index, columns, mode)
+        y = jnp.sum(_dot(bytes_, [_long(p, tile) for p in planes], mode), axis=1) - total
+        if factor is not None:
+            y = y.astype(jnp.float32) * (factor(y.shape) * scale_at(scale, index))
+        y = y.astype(out.dtype)
+        if "residual" in tokens[0]:
+            y = y + plgpu.load(tokens[0]["residual"].at[t, rows])
+        plgpu.store(out.at[t, numbers], y, mask=numbers < out.shape[1])
 
 
-def _dot(v: jax.Array, x: list[jax.Array], total: jax.Array, mode: Mode) -> jax.Array:
-    """The total with the products of four fields and their activations added somewhere."""
+def _wide(rows: jax.Array, tile: Tile) -> jax.Array:
+    return lax.broadcast_in_dim(rows, (tile.n, tile.w), (0,))
+
+
+def _long(columns: jax.Array, tile: Tile) -> jax.Array:
+    return lax.broadcast_in_dim(columns, (tile.n, tile.w), (1,))
+
+
+def _codes(
+    refs: dict[str, Ref], row: Row, t: int, layer: jax.Array, columns: jax.Array, mode: Mode
+) -> tuple[list[jax.Array], jax.Array, Callable[[tuple[int, ...]], jax.Array] | None]:
+    """A token's four planes of int8 codes [W], their sum, and what multiplies its products."""
+    k = refs["x"].shape[1]
+
+    def load(name: str, j: int) -> jax.Array:
+        at, ref = CODES_PER_BYTE * columns + j, refs[name]
+        if name == "gain":
+            ref = ref.at[at] if len(ref.shape) == 1 else ref.at[layer, at]
+        else:
+            ref = ref.at[t, at]
+        return plgpu.load(ref, mask=at < k, other=jnp.zeros((), ref.dtype))
+
+    planes = [load("x", j) for j in range(CODES_PER_BYTE)]
+    factor = None
+    if refs["x"].dtype == jnp.int8:
+        factor = partial(jnp.full, fill_value=refs["factors"][t]) if "factors" in refs else None
+        codes = [plane.astype(jnp.int32) for plane in planes]
+    else:
+        if row.activation is not None:
+            gates = [load("gate", j) for j in range(CODES_PER_BYTE)]
+            planes = [_gated(g, x, row.activation) for g, x in zip(gates, planes, strict=True)]
+        if "gain" in refs:
+            gains = [load("gain", j) for j in range(CODES_PER_BYTE)]
+            planes = _normalise(planes, gains, k, row.eps)
+        codes, factor = _quantize([plane.astype(jnp.float32) for plane in planes], mode)
+    # One reduction across the program instead of four.
+    total = jnp.sum(_added(codes))
+    return [plane.astype(jnp.int8) for plane in codes], total, factor
+
+
+def _added(planes: list[jax.Array]) -> jax.Array:
+    first, second, third, fourth = planes
+    return (first + second) + (third + fourth)
+
+
+def _gated(gate: jax.Array, x: jax.Array, activation: Gate) -> jax.Array:
+    """Steps rounded as ``gated_product``'s; Triton has no division in half precision."""
+    if activation == "silu":
+        return gate * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(gate.dtype) * x
+    return activate(gate, activation) * x
+
+
+def _normalise(
+    planes: list[jax.Array], gains: list[jax.Array], k: int, eps: float
+) -> list[jax.Array]:
+    """The RMS norm of a row; steps in the dtypes of ``rms_norm``."""
+    dtype = planes[0].dtype
+    wide = [x.astype(jnp.float32) for x in planes]
+    inverse = lax.rsqrt(jnp.sum(_added([x * x for x in wide])) / k + eps)
+    return [
+        (x * inverse).astype(dtype) * gain.astype(dtype)
+        for x, gain in zip(wide, gains, strict=True)
+    ]
+
+
+def _quantize(
+    planes: list[jax.Array], mode: Mode
+) -> tuple[list[jax.Array], Callable[[tuple[int, ...]], jax.Array]]:
+    """``absmax_quantize`` of a row: int32 codes, and what multiplies its products, in a shape."""
+    # Bits of magnitudes are ordered as these are, and what is not a number is above them all, where
+    # a maximum of floats would leave it out.
+    bits = [lax.bitcast_convert_type(jnp.abs(x), jnp.int32) for x in planes]
+    most = jnp.max(jnp.maximum(jnp.maximum(*bits[:2]), jnp.maximum(*bits[2:])))
+    largest = lax.bitcast_convert_type(jnp.maximum(most, _EPSILON_BITS), jnp.float32)
+
+    def scale(shape: tuple[int, ...]) -> jax.Array:
+        return _reciprocal(jnp.full(shape, largest), mode) * 127.0
+
+    own = scale(planes[0].shape)
+    codes = [jnp.clip(_round_product(x, own, mode), -128, 127) for x in planes]
+    return codes, lambda shape: _reciprocal(scale(shape), mode)
+
+
+def _dot(v: jax.Array, x: list[jax.Array], mode: Mode) -> jax.Array:
+    """The products of four fields and their activations, added up within groups of elements."""
     if mode != "cuda":
-        for j in range(4):
+        total = jnp.zeros(v.shape, jnp.int32)
+        for j in range(CODES_PER_BYTE):
             field = ((v >> (2 * j)) & 3).astype(jnp.int32)
             total = total + field * x[j].astype(jnp.int32)
         return total
     (total,) = plgpu.elementwise_inline_asm(
         _DOT,
-        args=[v, *x, total],
-        constraints=",".join(["=&r"] * 4 + ["r"] * 9),
+        args=[v, *x],
+        constraints=",".join(["=&r"] * 4 + ["r"] * 5),
         pack=4,
         result_shape_dtypes=[jax.ShapeDtypeStruct(v.shape, jnp.int32)],
     )
     return total
 
 
-def quantize(x: jax.Array, width: int, *, mode: Mode) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``absmax_quantize`` of few tokens with all that ``few_tokens`` needs, in one launch.
-
-    Args:
-        x: floats [M, K].
-        width: bytes of a row, filled up to whole tiles.
-        mode: what runs it; not ``rocm``, where nothing rounds as exactly.
-
-    Returns:
-        Planes int8 [4, M, width], zeros past K; sums of a token's codes, int32 [M]; and what
-        multiplies a token, float32 [M].
-    """
-    m, k = x.shape
-    block = 1 << (4 * width - 1).bit_length()
-
-    def kernel(x_ref: Ref, planes: Ref, sums: Ref, factors: Ref) -> None:
-        token = pl.program_id(0)
-        at = lax.iota(jnp.int32, block)
-        x = plgpu.load(x_ref.at[token, at], mask=at < k, other=jnp.zeros((), x_ref.dtype))
-        x = x.astype(jnp.float32)
-        largest = jnp.maximum(jnp.max(jnp.abs(x)), EPSILON)
-        scale = _reciprocal(largest, mode) * 127.0
-        codes = jnp.clip(_round_product(x, scale, mode), -128, 127)
-        sums[token] = jnp.sum(codes)
-        # The largest of a row leaves out what is not a number: it becomes visible here.
-        factors[token] = _reciprocal(scale, mode) + jnp.sum(x * 0.0)
-        plgpu.store(
-            planes.at[at & 3, jnp.full((block,), token), at >> 2],
-            codes.astype(jnp.int8),
-            mask=at < 4 * width,
-        )
-
-    shapes = (((4, m, width), jnp.int8), ((m,), jnp.int32), ((m,), jnp.float32))
-    planes, sums, factors = pl.pallas_call(
-        kernel,
-        out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
-        grid=(m,),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
-        interpret=mode == "interpret",
-        name="ternary_quantize",
-    )(x)
-    return planes, sums, factors
-
-
 def _reciprocal(x: jax.Array, mode: Mode) -> jax.Array:
     """1/x, correctly rounded: Triton's own division isn't."""
     if mode != "cuda":
         return 1.0 / x
-    # Triton's inline PTX is for vectors: one of equal numbers.
-    (vector,) = plgpu.elementwise_inline_asm(
+    return plgpu.elementwise_inline_asm(
         "rcp.rn.f32 $0, $1;",
-        args=[jnp.full((32,), x)],
+        args=[x],
         constraints="=f,f",
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct((32,), jnp.float32)],
-    )
-    return jnp.max(vector)
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )[0]
 
 
 def _round_product(x: jax.Array, scale: jax.Array, mode: Mode) -> jax.Array:
@@ -243,7 +293,7 @@ def _round_product(x: jax.Array, scale: jax.Array, mode: Mode) -> jax.Array:
         return jnp.where(jnp.isnan(product), 0.0, jnp.rint(product)).astype(jnp.int32)
     return plgpu.elementwise_inline_asm(
         "{ .reg .f32 t; mul.rn.f32 t, $1, $2; cvt.rni.s32.f32 $0, t; }",
-        args=[x, jnp.full(x.shape, scale)],
+        args=[x, scale],
         constraints="=r,f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int32)],

@@ -2,7 +2,7 @@
 
 XLA materialises the unpacked operand of a real dot on every platform, so what bounds the scratch is
 how much is unpacked at once: one whole matrix as int8 (one byte a weight) for integer products, and
-tiles of rows as float for float products.
+tiles of rows as float for float products, unless the rows they are multiplied with are larger.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.packing import CODES_PER_BYTE, unpack
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
-# A float copy of a matrix above this is made in tiles of about this size. It still lies in a cache,
-# and the tiles are large enough for the dot to run at the speed of an untiled one.
+# A float copy of a matrix above this, and above the rows that it is multiplied with, is made in
+# tiles of about this size. It still lies in a cache, and the tiles are large enough for the dot to
+# run at the speed of an untiled one.
 FLOAT_SCRATCH_BYTES = 4 << 20
 MIN_TILE_ROWS = 128
 
@@ -53,7 +54,7 @@ def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
         if 0 < x.size == k and packing == "ternary2":
             return _row_product(x, packed)
         return _integer_product(x, unpack(packed, k, packing))
-    tile = _tile_rows(packed.shape[0], k, x.dtype)
+    tile = _tile_rows(packed.shape[0], k, x)
     if tile is None:
         return _contract_last(x, unpack(packed, k, packing, x.dtype), x.dtype)
     tiles, tail = _row_tiles(packed, tile)
@@ -81,11 +82,22 @@ def linear_transposed(
     return total
 
 
+def unscaled_transposed(
+    gradients: Sequence[jax.Array], weights: Sequence[TernaryWeight]
+) -> list[jax.Array]:
+    """``g_i[..., n_i] · codes_i`` for each, one matrix unpacked after the other."""
+    parts: list[jax.Array] = []
+    for g, weight in zip(gradients, weights, strict=True):
+        one = _in_turn(weight, parts[-1] if parts else g)
+        parts.append(matmul_transposed(g, one))
+    return parts
+
+
 def matmul_transposed(g: jax.Array, weight: TernaryWeight) -> jax.Array:
     """``g[..., n] · codes`` in the dtype of ``g``."""
     packed, k, packing = weight.single().packed, weight.k, weight.packing
     n = packed.shape[0]
-    tile = _tile_rows(n, k, g.dtype)
+    tile = _tile_rows(n, k, g)
     if tile is None:
         return _contract_rows(g, unpack(packed, k, packing, g.dtype)).astype(g.dtype)
     tiles, tail = _row_tiles(packed, tile)
@@ -103,9 +115,11 @@ def matmul_transposed(g: jax.Array, weight: TernaryWeight) -> jax.Array:
     return total.astype(g.dtype)
 
 
-def _tile_rows(n: int, k: int, dtype: jnp.dtype) -> int | None:
+def _tile_rows(n: int, k: int, operand: jax.Array) -> int | None:
     """Rows unpacked at once, or None where the whole float matrix is small enough."""
-    rows = max(MIN_TILE_ROWS, FLOAT_SCRATCH_BYTES // (k * jnp.dtype(dtype).itemsize))
+    itemsize = operand.dtype.itemsize
+    scratch = max(FLOAT_SCRATCH_BYTES, operand.size * itemsize)
+    rows = max(MIN_TILE_ROWS, scratch // (k * itemsize))
     # Even tiles: one more of them rather than a short last one.
     tiles = -(-n // rows)
     return None if tiles == 1 else -(-n // tiles)

@@ -53,7 +53,7 @@ def on_platform(call: Callable[..., Any], *args: Any) -> Any:
     return jax.tree.unflatten(out_tree, _call.bind(*leaves, body=body, shapes=tuple(shapes)))
 
 
-_call = Primitive("ternary_triton")
+_call = Primitive("fabric_triton")
 _call.multiple_results = True
 
 

@@ -1,0 +1,216 @@
+"""How fast does a model of 125M train from scratch, beside a dense PyTorch model of its dimensions?
+
+Each variant is one compiled optimizer step on random tokens: ``dense`` (no quantisers),
+``ternary-float`` (codes multiplied as bfloat16) and ``ternary-int8`` (codes multiplied as int8, the
+same sums). FLOPs are counted as by PaLM (arXiv:2204.02311, appendix B), whatever is multiplied in
+which precision: ``6 N + 12 L T D`` a token, N the weights that are multiplied, head included;
+utilisation is of the bfloat16 peak. PyTorch runs in processes of its own, before.
+
+    PYTHONPATH=.:kernels python3 -m experiments.pretrain_throughput --out throughput.json
+
+Attention is cuDNN's; ``--attention auto`` takes our own kernels.
+
+On one H100 about two minutes, most of it compilation.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fabric_jax.data.batch import Batch
+from fabric_jax.files import write_json
+from fabric_jax.layers.attention import AttentionChoice
+from fabric_jax.measurement.categories import compiled_memory
+from fabric_jax.measurement.device import device_facts
+from fabric_jax.models.config import ModelConfig
+from fabric_jax.models.decoder import DecoderOptions, Remat, define_decoder
+from fabric_jax.models.initialize import initialize_base
+from fabric_jax.models.registry import get_config
+from fabric_jax.quantization.ste_options import SteOptions
+from fabric_jax.training.optimizer import make_optimizer
+from fabric_jax.training.recipes import recipe_optimizer
+from fabric_jax.training.step import init_state, make_train_step
+
+VARIANTS: dict[str, SteOptions] = {
+    "dense": SteOptions(weights="none"),
+    "ternary-float": SteOptions(),
+    "ternary-int8": SteOptions(product="int8"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all variants share.
+
+    Attributes:
+        model: registry name.
+        vocab_size: rows of the embedding; a multiple of 128, as is usual where speed counts.
+        rows: of a step.
+        length: positions in a row.
+        steps: timed ones.
+        warmup: steps before them.
+        dtype: of activations.
+        remat: what the backward pass recomputes.
+        attention: cuDNN's without a mask, which is what PyTorch runs too; auto on CPU.
+        tile_mib: logits that exist at once.
+        peak_tflops: of the device, dense bfloat16; 989 for H100 and H200 SXM by data sheet.
+    """
+
+    model: str = "bitnet-125m"
+    vocab_size: int = 32768
+    rows: int = 32
+    length: int = 1024
+    steps: int = 20
+    warmup: int = 3
+    dtype: str = "bfloat16"
+    remat: Remat = "linears"
+    attention: AttentionChoice = "cudnn-causal"
+    tile_mib: int = 512
+    peak_tflops: float = 989.0
+
+
+def flops_per_token(model: ModelConfig, length: int) -> float:
+    """Of forward and backward, attention counted without its mask."""
+    weights = model.linear_parameters + model.vocab_size * model.hidden_size
+    width = model.num_heads * model.head_dim
+    return 6.0 * weights + 12.0 * model.num_layers * length * width
+
+
+def chosen_model(settings: Settings) -> ModelConfig:
+    return replace(get_config(settings.model), vocab_size=settings.vocab_size)
+
+
+def measure(variant: str, settings: Settings) -> dict[str, Any]:
+    """Seconds of each step of a variant, and what XLA plans for it."""
+    model, ste = chosen_model(settings), VARIANTS[variant]
+    options = DecoderOptions(
+        mode="master",
+        dtype=settings.dtype,
+        embedding_dtype="float32",
+        norm_dtype="float32",
+        act_quant="none" if ste.weights == "none" else "per_token",
+        remat=settings.remat,
+        ste=ste,
+        attention=settings.attention,
+        loss_tile_bytes=settings.tile_mib << 20,
+    )
+    definition = define_decoder(model, options)
+    optimizer = make_optimizer(recipe_optimizer("scratch", model.parameters), 10_000)
+    state = init_state(initialize_base(definition, 0), optimizer)
+    key = jax.random.key(1)
+    batch = random_batch(settings)
+    start = time.perf_counter()
+    step = make_train_step(definition, optimizer, trains="base")
+    compiled = step.lower(state, {}, batch, key).compile()
+    compile_seconds = time.perf_counter() - start
+    seconds: list[float] = []
+    losses: list[float] = []
+    for number in range(settings.warmup + settings.steps):
+        start = time.perf_counter()
+        state, metrics = compiled(state, {}, batch, key)
+        losses.append(float(metrics.loss))
+        if number >= settings.warmup:
+            seconds.append(time.perf_counter() - start)
+    memory = compiled_memory(compiled)
+    del state
+    return rates(seconds, model, settings) | {
+        "compile_seconds": round(compile_seconds, 1),
+        "compiled_bytes": memory.total,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }
+
+
+def random_batch(settings: Settings) -> Batch:
+    """One micro-batch of rows that are one document each."""
+    shape = (1, settings.rows, settings.length)
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, settings.vocab_size, jnp.int32)
+    row = jnp.arange(settings.length, dtype=jnp.int32)
+    return Batch(
+        tokens=tokens,
+        targets=jnp.roll(tokens, -1, axis=-1),
+        loss_mask=jnp.ones(shape, jnp.float32),
+        segment_ids=jnp.ones(shape, jnp.int32),
+        positions=jnp.broadcast_to(row, shape),
+    )
+
+
+def rates(seconds: list[float], model: ModelConfig, settings: Settings) -> dict[str, Any]:
+    """Median, spread, tokens a second and utilisation."""
+    median = statistics.median(seconds)
+    tokens = settings.rows * settings.length / median
+    flops = tokens * flops_per_token(model, settings.length)
+    return {
+        "seconds_median": median,
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "tokens_per_second": tokens,
+        "tflops": flops / 1e12,
+        "mfu": flops / 1e12 / settings.peak_tflops,
+    }
+
+
+def measure_torch(settings: Settings, *, compiled: bool) -> dict[str, Any]:
+    """The same rows through PyTorch, in another process; why not, where it can't be."""
+    model = chosen_model(settings)
+    words = {
+        "layers": model.num_layers,
+        "width": model.hidden_size,
+        "ffn": model.ffn_size,
+        "heads": model.num_heads,
+        "vocab": model.vocab_size,
+        "batch": settings.rows,
+        "length": settings.length,
+        "steps": settings.steps,
+    }
+    command = [sys.executable, "-m", "experiments.peers.torch_pretrain"]
+    command += [word for name, value in words.items() for word in (f"--{name}", str(value))]
+    command += ["--compile"] if compiled else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    return rates(record.pop("seconds"), model, settings) | record
+
+
+def main() -> None:
+    """Measures PyTorch, then every variant, and writes one record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--no-torch", action="store_true")
+    for name, value in asdict(Settings()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    given = vars(parser.parse_args())
+    settings = Settings(**{name: given[name] for name in asdict(Settings())})
+    results: dict[str, Any] = {}
+    if not given["no_torch"]:
+        for name, compiled in (("torch", False), ("torch-compiled", True)):
+            results[name] = measure_torch(settings, compiled=compiled)
+            print(name, json.dumps(results[name]), flush=True)
+    for variant in given["variants"]:
+        try:
+            results[variant] = measure(variant, settings)
+        except Exception as error:  # what a device can't run is a result too
+            results[variant] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+        print(variant, json.dumps(results[variant]), flush=True)
+    record = {
+        "experiment": "pretrain_throughput",
+        "settings": asdict(settings),
+        "flops_per_token": flops_per_token(chosen_model(settings), settings.length),
+        "results": results,
+        "device": device_facts().to_dict(),
+    }
+    write_json(given["out"], record)
+
+
+if __name__ == "__main__":
+    main()

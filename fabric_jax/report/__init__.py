@@ -1,0 +1,1 @@
+"""A report from records only: published tables beside ours, verdicts, figures."""

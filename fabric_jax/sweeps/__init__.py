@@ -1,0 +1,11 @@
+"""Sweeps: an experiment's cells, each in a process of its own, each with a record."""
+
+from fabric_jax.sweeps.cells import grid
+from fabric_jax.sweeps.experiment import (
+    Figure,
+    NotOnThisPlatform,
+    current_platform,
+    runs_alone,
+)
+
+__all__ = ["Figure", "NotOnThisPlatform", "current_platform", "grid", "runs_alone"]

@@ -1,0 +1,94 @@
+"""Variables of a cell's process; they must be there before jax is imported."""
+
+import os
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from fabric_jax.sweeps.experiment import JOBS_VARIABLE, PLATFORM_VARIABLE
+
+# What jax is told on each platform. Where nothing runs, programs are made by a process on the CPU.
+BACKENDS = {"cpu": "cpu", "cuda": "cuda,cpu"}
+# A process has its context and its programs besides its pool.
+CONTEXT = 0.015
+WHOLE_DEVICE = 0.95
+# What a shell may have set for something else and would change what is measured.
+UNSET = (
+    *("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+    *("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"),
+    *("JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION"),
+)
+
+
+def chosen_variables(
+    platform: str, own: dict[str, str], cache: str, jobs: int = 1
+) -> dict[str, str]:
+    """What is set for a cell and recorded with it.
+
+    Args:
+        platform: of the cell.
+        own: what the experiment asks for; it goes first.
+        cache: folder for compiled programs that cells share; "" for none.
+        jobs: cells at a time.
+    """
+    chosen = {"JAX_PLATFORMS": BACKENDS.get(platform, "cpu"), PLATFORM_VARIABLE: platform}
+    if jobs > 1:
+        chosen[JOBS_VARIABLE] = str(jobs)
+    if platform == "cuda":
+        # With a pool of its own the allocator counts what was asked for; without, it hands out
+        # (and counts) blocks of up to twice the size.
+        chosen["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
+    if platform not in BACKENDS:
+        # The CPU's own kernels would otherwise be picked for programs that are not for it.
+        chosen["FABRIC_KERNELS_CPU"] = "0"
+    if cache:
+        chosen["JAX_COMPILATION_CACHE_DIR"] = cache
+        chosen["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return chosen | own
+
+
+class SharedDevice:
+    """Lets cells run beside one another as far as their shares of the device's memory allow.
+
+    Args:
+        jobs: cells at a time; with one there is nothing to share.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        """The whole device is free."""
+        self._jobs = jobs
+        self._free = WHOLE_DEVICE
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def share(self, chosen: dict[str, str]) -> Generator[None]:
+        """Waits for the share that a cell's variables claim; a pool without one is everything."""
+        wanted = 0.0
+        if self._jobs > 1 and chosen.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "true":
+            fraction = float(chosen.get("XLA_PYTHON_CLIENT_MEM_FRACTION", WHOLE_DEVICE))
+            wanted = min(fraction + CONTEXT, WHOLE_DEVICE)
+        with self._changed:
+            # Shares are sums of hundredths.
+            self._changed.wait_for(lambda: self._free >= wanted - 1e-6)
+            self._free -= wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += wanted
+                self._changed.notify_all()
+
+
+def process_environment(chosen: dict[str, str]) -> dict[str, str]:
+    """The whole environment of a cell's process."""
+    kept = {key: value for key, value in os.environ.items() if key not in UNSET}
+    paths = [path for path in sys.path if path]
+    return kept | {"PYTHONPATH": os.pathsep.join(paths)} | chosen
+
+
+def recorded_variables(chosen: dict[str, str]) -> dict[str, str]:
+    """``chosen`` without paths of this machine, and what XLA reads besides."""
+    recorded = {k: "set" if k == "JAX_COMPILATION_CACHE_DIR" else v for k, v in chosen.items()}
+    flags = os.environ.get("XLA_FLAGS")
+    return recorded | ({"XLA_FLAGS": flags} if flags else {})

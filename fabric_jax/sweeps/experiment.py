@@ -1,0 +1,161 @@
+"""What an experiment's module has, and how it is found."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from fabric_jax.errors import FabricError, unknown_name
+
+PLATFORM_VARIABLE = "FABRIC_SWEEP_PLATFORM"
+JOBS_VARIABLE = "FABRIC_SWEEP_JOBS"
+PLATFORMS = {
+    "cpu": "run",
+    "cuda": "run",
+    "tpu-v5e": "compiled",
+    "tpu-v5p": "compiled",
+    "tpu-v6e": "compiled",
+    "tpu-7x": "compiled",
+    "rocm": "lowered",
+    "metal": "lowered",
+    "oneapi": "lowered",
+}
+"""Each with the most that is done there: run; compile without the hardware; lower to the compiler's
+input."""
+
+
+class NotOnThisPlatform(Exception):
+    """A cell that can't be had on the platform; raised by ``measure``, and a result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """How an experiment's records are drawn.
+
+    Attributes:
+        x: setting or metric on the horizontal axis.
+        y: metric on the vertical one; the mean of cells that differ in nothing else than what is
+            not named here, such as seeds, with its 95 % interval.
+        series: setting that gives each line; "" for one line.
+        log: axes that are logarithmic: "", "x", "y" or "xy".
+        kind: ``line``, or ``bar`` where x is a name; ``stack`` for bars of a metric ``y`` that is
+            itself a table of category to number.
+    """
+
+    x: str
+    y: str
+    series: str = ""
+    log: str = ""
+    kind: str = "line"
+
+    def to_json(self) -> dict[str, str]:
+        """Field to value."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """An experiment's module, checked.
+
+    Attributes:
+        module: its dotted name.
+        name: the last part of it.
+        question: the first paragraph of its docstring.
+        config: gives the base cell.
+        cells: gives all cells from a base cell.
+        measure: a cell's metrics; runs in a process of its own.
+        prepare: runs in a process of its own before that, or None: what is to be on disk, such as
+            compiled programs, but not in the process that is measured.
+        environment: variables of the cell's process, from cell and platform.
+        timeout: seconds that a cell may take.
+        figure: how the records are drawn, or None.
+        columns: metrics that tables show; empty for all.
+    """
+
+    module: str
+    name: str
+    question: str
+    config: Callable[[], Any]
+    cells: Callable[[Any], Sequence[Any]]
+    measure: Callable[[Any], dict[str, Any]]
+    prepare: Callable[[Any], None] | None
+    environment: Callable[[Any, str], dict[str, str]] | None
+    timeout: float
+    figure: Figure | None
+    columns: tuple[str, ...]
+
+
+def current_platform() -> str:
+    """The platform that a cell's process is for, a key of ``PLATFORMS``; cpu outside of sweeps."""
+    return os.environ.get(PLATFORM_VARIABLE, "cpu")
+
+
+def runs_alone() -> bool:
+    """Whether no other cell runs beside this one, as times and a driver's counts need."""
+    return os.environ.get(JOBS_VARIABLE, "1") == "1"
+
+
+def load_experiment(name: str) -> Experiment:
+    """Imports ``name`` (``experiments.vram``), the working directory's modules among others.
+
+    Raises:
+        FabricError: no such module, or it lacks something.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise FabricError(
+            f"no experiment {name!r}",
+            expected="the dotted name of a module, such as experiments.vram",
+            fix="Run from the folder that holds the experiment",
+        ) from error
+    return _checked(module)
+
+
+def _checked(module: ModuleType) -> Experiment:
+    name = module.__name__
+    for wanted in ("config", "cells", "measure"):
+        if not callable(getattr(module, wanted, None)):
+            raise FabricError(f"experiment {name} has no function {wanted}")
+    document = inspect.getdoc(module)
+    if not document:
+        raise FabricError(f"experiment {name} has no docstring", expected="its question")
+    base = module.config()
+    if not is_dataclass(base) or not type(base).__dataclass_params__.frozen:  # pyright: ignore
+        raise FabricError(
+            f"config() of experiment {name}",
+            expected="a frozen dataclass",
+            found=type(base).__name__,
+        )
+    return Experiment(
+        module=name,
+        name=name.removeprefix("experiments."),
+        question=" ".join(document.split("\n\n")[0].split()),
+        config=module.config,
+        cells=module.cells,
+        measure=module.measure,
+        prepare=getattr(module, "prepare", None),
+        environment=getattr(module, "environment", None),
+        timeout=float(getattr(module, "TIMEOUT_SECONDS", 3600)),
+        figure=getattr(module, "FIGURE", None),
+        columns=tuple(getattr(module, "COLUMNS", ())),
+    )
+
+
+def check_platform(platform: str) -> str:
+    """``platform`` if it is one.
+
+    Raises:
+        FabricError: it isn't.
+    """
+    if platform not in PLATFORMS:
+        raise unknown_name("platform", platform, PLATFORMS)
+    return platform

@@ -1,0 +1,296 @@
+"""Runs the cells of an experiment that have no record yet."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from fabric_jax.errors import FabricError
+from fabric_jax.files import write_json
+from fabric_jax.sweeps.cells import cell_to_json, describe, distinguishing, select
+from fabric_jax.sweeps.child import Job, draft_record
+from fabric_jax.sweeps.environment import (
+    SharedDevice,
+    chosen_variables,
+    process_environment,
+    recorded_variables,
+)
+from fabric_jax.sweeps.experiment import Experiment, check_platform, load_experiment
+from fabric_jax.sweeps.identity import cell_digest, code_digest
+from fabric_jax.sweeps.process import Ending, run_process
+from fabric_jax.sweeps.records import Record, read_record, write_record
+
+Rerun = Literal["none", "failed", "stale", "all"]
+State = Literal["waiting", "running", "done", "kept", "stale"]
+SHARE_OF_MEMORY = 0.9
+NAME_LENGTH = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """One call of ``fabric-jax sweep``.
+
+    Attributes:
+        experiment: dotted name of its module.
+        platform: what the cells are for.
+        out: folder of the records.
+        overrides: ``key=value`` words.
+        jobs: cells at a time.
+        rerun: which cells with a record run again.
+        timeout: seconds a cell; 0 for the experiment's own.
+        memory_gib: resident set at which a cell is killed; 0 for nine tenths of the machine's.
+        cache: folder for compiled programs that cells share; "" for none.
+        limit: the most cells to run now; 0 for all.
+    """
+
+    experiment: str
+    platform: str
+    out: str
+    overrides: tuple[str, ...] = ()
+    jobs: int = 1
+    rerun: Rerun = "none"
+    timeout: float = 0.0
+    memory_gib: float = 0.0
+    cache: str = ""
+    limit: int = 0
+
+
+@dataclass(kw_only=True)
+class Task:
+    """A cell with its record, once there is one."""
+
+    cell: Any
+    draft: Record
+    path: Path
+    state: State = "waiting"
+    record: Record | None = None
+    started: float = 0.0
+
+
+class Board(Protocol):
+    """Shows how a sweep goes; :mod:`fabric_jax.sweeps.board` has those for people."""
+
+    def begin(self, tasks: Sequence[Task], jobs: int) -> None:
+        """The sweep starts."""
+        ...
+
+    def update(self, task: Task) -> None:
+        """A task has another state."""
+        ...
+
+    def end(self) -> None:
+        """The sweep is over, or was stopped."""
+        ...
+
+
+def plan(options: SweepOptions) -> tuple[Experiment, list[Task]]:
+    """The tasks of a sweep, with the records that are there already.
+
+    Raises:
+        FabricError: something in the options or the experiment is wrong, or a record is damaged.
+    """
+    check_platform(options.platform)
+    if options.jobs < 1:
+        raise FabricError("jobs out of range", expected="1 or more", found=str(options.jobs))
+    experiment = load_experiment(options.experiment)
+    cells = select(experiment.config(), experiment.cells, options.overrides)
+    code = code_digest(experiment.module)
+    everything = experiment.cells(experiment.config())
+    tasks = [_task(experiment, options, cell, cells, everything, code) for cell in cells]
+    for task in tasks:
+        if task.path.exists():
+            task.record = read_record(task.path)
+            task.state = "stale" if task.record.code != code else "kept"
+            if _runs_again(task, options.rerun):
+                task.state, task.record = "waiting", None
+    return experiment, tasks
+
+
+def sweep(options: SweepOptions, board: Board) -> list[Task]:
+    """Runs what has no record; every cell has one at the end.
+
+    Raises:
+        FabricError: the options are wrong, or another sweep uses the folder.
+        KeyboardInterrupt: Ctrl-C; running cells were killed and will run again.
+    """
+    from fabric_jax.training.lock import locked_folder
+
+    experiment, tasks = plan(options)
+    folder = Path(options.out) / experiment.name
+    with locked_folder(folder):
+        write_json(folder / ".sweep", {"command": command_line(options)})
+        waiting = [task for task in tasks if task.state == "waiting"]
+        waiting = waiting[: options.limit or None]
+        stop = threading.Event()
+        board.begin(tasks, options.jobs)
+        try:
+            _run_all(experiment, options, waiting, board, stop)
+        finally:
+            board.end()
+    return tasks
+
+
+def command_line(options: SweepOptions, overrides: str | None = None) -> str:
+    """The command of a sweep, without paths of this machine; ``overrides`` instead of its own."""
+    words = ["fabric-jax sweep", options.experiment, "--platform", options.platform, "--out DIR"]
+    if options.cache:
+        words.append("--cache CACHE")
+    given = " ".join(options.overrides) if overrides is None else overrides
+    return " ".join([*words, given]).strip()
+
+
+def _run_all(
+    experiment: Experiment,
+    options: SweepOptions,
+    tasks: list[Task],
+    board: Board,
+    stop: threading.Event,
+) -> None:
+    device = SharedDevice(options.jobs)
+
+    def one(task: Task) -> None:
+        chosen = _variables(experiment, options, task)
+        with device.share(chosen):
+            if stop.is_set():
+                return
+            task.state, task.started = "running", time.monotonic()
+            board.update(task)
+            _run_task(experiment, options, task, chosen, stop)
+            board.update(task)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = [pool.submit(one, task) for task in tasks]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _variables(experiment: Experiment, options: SweepOptions, task: Task) -> dict[str, str]:
+    own = experiment.environment(task.cell, options.platform) if experiment.environment else {}
+    return chosen_variables(options.platform, own, _absolute(options.cache), options.jobs)
+
+
+def _run_task(
+    experiment: Experiment,
+    options: SweepOptions,
+    task: Task,
+    chosen: dict[str, str],
+    stop: threading.Event,
+) -> None:
+    draft = replace(
+        task.draft,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=recorded_variables(chosen),
+    )
+
+    def run(prepare: bool) -> Ending:
+        return run_process(
+            Job(
+                path=str(task.path.absolute()),
+                record=draft.to_json(),
+                module=experiment.module,
+                parent=os.getpid(),
+                prepare=prepare,
+            ),
+            process_environment(chosen),
+            timeout=options.timeout or experiment.timeout,
+            memory_bytes=_memory_limit(options),
+            stop=stop,
+        )
+
+    # A record that is to be replaced must not be taken for the new one.
+    task.path.unlink(missing_ok=True)
+    ending = run(prepare=True) if experiment.prepare else None
+    if ending is None or ending.status == "ok":
+        ending = run(prepare=False)
+    if ending.status == "stopped":
+        task.state = "waiting"
+        return
+    if ending.status != "ok" and not task.path.exists():
+        failed = replace(
+            draft,
+            status=ending.status,
+            detail=ending.detail,
+            seconds=round(ending.seconds, 3),
+            device=_host_facts(),
+        )
+        write_record(task.path, failed)
+    task.record, task.state = read_record(task.path), "done"
+
+
+def _task(
+    experiment: Experiment,
+    options: SweepOptions,
+    cell: Any,
+    cells: Sequence[Any],
+    everything: Sequence[Any],
+    code: str,
+) -> Task:
+    values = cell_to_json(cell)
+    default = cell_to_json(experiment.config())
+    changed = {key for key in values if values[key] != default[key]}
+    told = [k for k in values if k in changed or k in distinguishing([*everything, *cells])]
+    name = describe(values, told) or "base"
+    digest = cell_digest(experiment.name, options.platform, values)
+    slug = "".join(c if c.isalnum() or c in ".-+" else "_" for c in name)[:NAME_LENGTH]
+    draft = draft_record(
+        experiment=experiment.name,
+        question=experiment.question,
+        name=name,
+        platform=options.platform,
+        cell=values,
+        digest=digest,
+        code=code,
+        command=command_line(options, "" if name == "base" else name),
+        started="",
+        environment={},
+        figure=None if experiment.figure is None else experiment.figure.to_json(),
+        columns=list(experiment.columns),
+    )
+    folder = Path(options.out) / experiment.name
+    # Its name may have been another one beside other cells.
+    there = sorted(folder.glob(f"{options.platform}-*-{digest}.json"))
+    path = there[0] if there else folder / f"{options.platform}-{slug}-{digest}.json"
+    return Task(cell=cell, draft=draft, path=path)
+
+
+def _runs_again(task: Task, rerun: Rerun) -> bool:
+    if task.record is None or rerun == "none":
+        return False
+    failed = task.record.status not in ("ok", "unsupported")
+    return rerun == "all" or (failed if rerun == "failed" else task.state == "stale")
+
+
+def _memory_limit(options: SweepOptions) -> int:
+    if options.memory_gib:
+        return int(options.memory_gib * 2**30)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(SHARE_OF_MEMORY * total / options.jobs)
+
+
+def _host_facts() -> dict[str, Any]:
+    """Of the machine of a process that can't say it any more."""
+    import platform
+
+    return {
+        "platform": "host",
+        "kind": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "executable": Path(sys.executable).name,
+    }
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).absolute()) if folder else ""

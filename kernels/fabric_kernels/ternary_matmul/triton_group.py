@@ -1,0 +1,322 @@
+"""Linears that share an input, with their adapters, in a few launches of Triton kernels.
+
+Forward two launches: the input's codes with the adapters' narrow products, and all products with
+the adapters' shares in their epilogue. Backward two with few tokens (``triton_gradients``), else
+one more for each matrix.
+
+What an adapter multiplies is rounded to the dtype of the activations, as in ``low_rank_product``;
+sums are float32 and a result is rounded once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fabric_kernels.absmax import absmax_quantize
+from fabric_kernels.low_rank import LowRank, contract_with
+from fabric_kernels.ternary_matmul.triton_layout import (
+    group_kernels,
+    kernels,
+    narrow_tile,
+    planes_of,
+    product_tile,
+    stack_of,
+    sum_tile,
+    transposed_parts,
+    transposed_tile,
+    width_of,
+)
+from fabric_kernels.ternary_matmul.weight import TernaryWeight
+from fabric_kernels.triton_call import Mode, on_platform
+
+MAX_RANK = 128
+"""Adapters of more are products of their own, which are large enough for XLA's."""
+
+Weights = tuple[TernaryWeight, ...]
+Adapters = tuple[LowRank | None, ...]
+Narrow = list[jax.Array]
+"""``scale · x · A^T``: of the adapters up to ``MAX_RANK`` side by side, [M, sum R]; then of each of
+the others, [M, R]."""
+Pair = tuple[jax.Array, jax.Array]
+
+
+def linear_group(
+    x: jax.Array, weights: Weights, adapters: Adapters
+) -> tuple[list[jax.Array], Narrow]:
+    """Outputs [M, N] for ``x`` [M, K], and what the backward pass reads; M is not 0."""
+
+    def call(x: jax.Array, weights: Weights, small: Adapters, *, mode: Mode) -> Any:
+        m, width = x.shape[0], width_of(weights[0])
+        tile = product_tile(m, min(w.n for w in weights), width, jnp.dtype(jnp.int8))
+        layout = group_kernels()[0].Layout(
+            m + -m % tile.m, width + -width % tile.w, weights[0].packing, width
+        )
+        codes, sums, factors, narrow = _quantized(x, weights, small, layout, mode)
+        packed, _, layers = zip(*(stack_of(w) for w in weights), strict=True)
+        outputs = kernels()[0].products(
+            codes,
+            packed,
+            layers,
+            m,
+            tile,
+            packing=weights[0].packing,
+            mode=mode,
+            sums=sums,
+            factors=factors,
+            shares=_shares(narrow, small, "b"),
+            dtype=x.dtype,
+        )
+        return list(outputs), narrow
+
+    outputs, narrow = on_platform(call, x, weights, _small(adapters))
+    return _with_large(x, outputs, adapters, narrow)
+
+
+def quantized_rows(
+    x: jax.Array, weights: Weights, adapters: Adapters, rows: int, columns: int
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """Codes int8 [rows, columns], zeros past K; a factor [rows] for each matrix; narrow products.
+
+    Rows past those of ``x`` [M, K] may be anything. Narrow are those of adapters up to
+    ``MAX_RANK``.
+    """
+
+    def call(x: jax.Array, weights: Weights, small: Adapters, *, mode: Mode) -> Any:
+        layout = group_kernels()[0].Layout(rows, columns, None, width_of(weights[0]))
+        codes, _, factors, narrow = _quantized(x, weights, small, layout, mode)
+        return codes, factors, narrow
+
+    return on_platform(call, x, weights, _small(adapters))
+
+
+def _quantized(
+    x: jax.Array, weights: Weights, small: Adapters, layout: Any, mode: Mode
+) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array]:
+    if mode == "rocm":
+        return _quantized_by_xla(x, weights, small, layout)
+    own = [one for one in small if one is not None]
+    scales = [stack_of(w)[1:] for w in weights]
+    tile = narrow_tile(x.shape[0], [one.a.shape[0] for one in own], x.dtype, shared=True)
+    return group_kernels()[0].quantize(x, own, scales, layout, tile, mode=mode)
+
+
+def _quantized_by_xla(
+    x: jax.Array, weights: Weights, small: Adapters, layout: Any
+) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array]:
+    """The same where a kernel's division and rounding aren't exact."""
+    codes, scale = absmax_quantize(x)
+    bottom = (0, layout.rows - x.shape[0])
+    sums = jnp.pad(jnp.sum(codes, axis=-1, dtype=jnp.int32), bottom)
+    factor = 1.0 / scale[:, 0]
+    places = [stack_of(weight)[1:] for weight in weights]
+    scales = [scale[layer[0] if len(scale) > 1 else 0] for scale, layer in places]
+    factors = [jnp.pad(factor * scale, bottom) for scale in scales]
+    if layout.packing is None:
+        codes = jnp.pad(codes, (bottom, (0, layout.columns - codes.shape[1])))
+    else:
+        codes = planes_of(codes, weights[0], layout.rows, layout.columns)
+    narrow = [narrow_product(x, one) for one in small if one is not None]
+    none = jnp.zeros((x.shape[0], 0), x.dtype)
+    return codes, sums, factors, jnp.concatenate(narrow or [none], axis=1)
+
+
+def transposed_group(
+    x: jax.Array | None,
+    gradients: tuple[jax.Array, ...],
+    weights: Weights,
+    adapters: Adapters,
+    narrow: Sequence[jax.Array],
+    products: Sequence[jax.Array] | None = None,
+) -> tuple[jax.Array, list[Pair | None]]:
+    """The gradients by x [M, K], and by A and B of each adapter in float32; M is not 0.
+
+    Args:
+        x: [M, K], or None where there are no adapters.
+        gradients: [M, N] each.
+        weights: of each.
+        adapters: of each, or None.
+        narrow: what the forward call returned.
+        products: ``g · codes`` [M, K] of each where they have been computed.
+    """
+
+    def call(*args: Any, mode: Mode) -> Any:
+        return _transposed(*args, mode=mode)
+
+    small, large = _small(adapters), _large(adapters)
+    own, others = list(narrow[:1]), list(narrow[1:])
+    dx, pairs = on_platform(call, x, gradients, weights, small, own, products)
+    for i, one in enumerate(large):
+        if one is not None:
+            assert x is not None
+            back = _times(contract_with(gradients[i], one.b, 1), one.scale)
+            dx = dx + contract_with(back, one.a, 0)
+            pairs[i] = (_over_tokens(back, x), _over_tokens(others.pop(0), gradients[i]))
+    return dx, pairs
+
+
+def _transposed(
+    x: Any,
+    gradients: Sequence[jax.Array],
+    weights: Weights,
+    small: Adapters,
+    narrow: Sequence[jax.Array],
+    products: Sequence[jax.Array] | None,
+    *,
+    mode: Mode,
+) -> tuple[jax.Array, list[Pair | None]]:
+    dtype, module = gradients[0].dtype, group_kernels()[1]
+    m, width, packing = gradients[0].shape[0], width_of(weights[0]), weights[0].packing
+    present = [one for one in small if one is not None]
+    parts, terms = None, []
+    if products is None:
+        parts = transposed_parts(m, [w.n for w in weights], width, dtype)
+    else:
+        factors = [stack_of(w)[1:] for w in weights]
+        terms = [(p[None], factor) for p, factor in zip(products, factors, strict=True)]
+    back = None
+    if parts or present:
+        tile = narrow_tile(m, [one.b.shape[0] for one in present], dtype, shared=False)
+        matrices = [stack_of(w) for w in weights]
+        some, back = module.over_outputs(
+            gradients, matrices, small, weights[0].k, parts, tile, packing=packing, mode=mode
+        )
+        terms = terms if some is None else [(some, None)]
+    shares = _shares(back, small, "a")
+    dx = None if terms else _in_turn(gradients, weights, shares, mode)
+    pairs: list[Any] = []
+    if present:
+        pairs = [(_columns(back, small), x)]
+        wide = [g for g, one in zip(gradients, small, strict=True) if one is not None]
+        pairs += [([u], g) for u, g in zip(_columns(narrow[0], small), wide, strict=True)]
+    found: list[list[jax.Array]] = []
+    if terms or pairs:
+        sums = [(terms, [share for share in shares if share is not None])] if terms else []
+        totals, found = module.add_up(sums, pairs, sum_tile(m, dtype), dtype=dtype, mode=mode)
+        dx = totals[0] if terms else dx
+    assert dx is not None
+    order = iter(range(len(present)))
+    places = [None if one is None else next(order) for one in small]
+    return dx, [None if i is None else (found[0][i], found[1 + i][0]) for i in places]
+
+
+def _in_turn(
+    gradients: Sequence[jax.Array], weights: Weights, shares: Sequence[Any], mode: Mode
+) -> jax.Array:
+    """A launch for each matrix, which adds to what was before."""
+    total: jax.Array | None = None
+    for i, (g, weight, share) in enumerate(zip(gradients, weights, shares, strict=True)):
+        packed, scale, layer = stack_of(weight)
+        last = i == len(weights) - 1
+        total = kernels()[0].transposed(
+            g,
+            packed,
+            layer,
+            weight.k,
+            transposed_tile(g.shape[0], width_of(weight), g.dtype),
+            packing=weight.packing,
+            mode=mode,
+            scale=scale,
+            before=total,
+            share=share,
+            dtype=gradients[0].dtype if last else jnp.dtype(jnp.float32),
+        )
+    assert total is not None
+    return total
+
+
+# ---- adapters ----------------------------------------------------------------------------------
+
+
+def _is_small(adapter: LowRank | None) -> bool:
+    return adapter is not None and adapter.a.shape[0] <= MAX_RANK
+
+
+def _small(adapters: Adapters) -> Adapters:
+    """Those that the kernels take."""
+    return tuple(one if _is_small(one) else None for one in adapters)
+
+
+def _large(adapters: Adapters) -> Adapters:
+    return tuple(None if _is_small(one) else one for one in adapters)
+
+
+def _columns(narrow: Any, small: Adapters) -> list[Any]:
+    """The columns of each adapter that there is."""
+    ranks = [one.a.shape[0] for one in small if one is not None]
+    return group_kernels()[0].side_by_side(narrow, ranks)
+
+
+def _shares(narrow: Any, small: Adapters, name: str) -> list[Any]:
+    """Low-rank products with A or B, None where there is no adapter."""
+    columns = iter(_columns(narrow, small))
+    return [None if one is None else (next(columns), getattr(one, name)) for one in small]
+
+
+def add_shares(
+    x: jax.Array, outputs: Sequence[jax.Array], adapters: Adapters, narrow: jax.Array
+) -> tuple[list[jax.Array], Narrow]:
+    """Outputs [M, N] with the adapters' shares in the dtype of ``x``, and all narrow products."""
+
+    def call(outputs: Any, small: Any, narrow: Any, *, mode: Mode) -> Any:
+        shares = _shares(narrow, small, "b")
+        sums = [
+            ([(y[None], None)], [share])
+            for y, share in zip(outputs, shares, strict=True)
+            if share is not None
+        ]
+        tile = sum_tile(len(x), x.dtype)
+        added = iter(group_kernels()[1].add_up(sums, [], tile, dtype=x.dtype, mode=mode)[0])
+        return [y if s is None else next(added) for y, s in zip(outputs, shares, strict=True)]
+
+    small = _small(adapters)
+    if any(one is not None for one in small):
+        outputs = on_platform(call, list(outputs), small, narrow)
+    return _with_large(x, [y.astype(x.dtype) for y in outputs], adapters, narrow)
+
+
+def _with_large(
+    x: jax.Array, outputs: Sequence[jax.Array], adapters: Adapters, narrow: jax.Array
+) -> tuple[list[jax.Array], Narrow]:
+    """The shares that the kernels don't make added."""
+    result, all_narrow = list(outputs), [narrow]
+    for i, one in enumerate(_large(adapters)):
+        if one is not None:
+            all_narrow.append(narrow_product(x, one))
+            result[i] = result[i] + contract_with(all_narrow[-1], one.b, 0)
+    return result, all_narrow
+
+
+def add_by_xla(
+    x: jax.Array, outputs: Sequence[jax.Array], adapters: Adapters
+) -> tuple[list[jax.Array], Narrow]:
+    """The same without kernels."""
+    small = _small(adapters)
+    own = [narrow_product(x, one) for one in small if one is not None]
+    narrow = jnp.concatenate(own or [jnp.zeros((len(x), 0), x.dtype)], axis=1)
+    result = [
+        y if one is None else y + contract_with(own.pop(0), one.b, 0)
+        for y, one in zip(outputs, small, strict=True)
+    ]
+    return _with_large(x, result, adapters, narrow)
+
+
+def narrow_product(x: jax.Array, adapter: LowRank) -> jax.Array:
+    """``scale · x · A^T``, by XLA."""
+    return _times(contract_with(x, adapter.a, 1), adapter.scale)
+
+
+def _times(x: jax.Array, scale: float) -> jax.Array:
+    return x * jnp.asarray(scale, x.dtype)
+
+
+def _over_tokens(narrow: jax.Array, wide: jax.Array) -> jax.Array:
+    return lax.dot_general(
+        narrow,
+        wide,
+        (((0,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST if wide.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,93 @@
+"""The Triton kernel of a step of decoding, interpreted, against plain jax; its lowering."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fabric_kernels import cached_attention, empty_cache
+from fabric_kernels.attention import KVCache, triton_cached
+
+from tests.kernels.test_triton_kernel import lowered
+
+L, B = 2, 3
+
+
+def problem(
+    heads: int, kv_heads: int, width: int, slots: int, dtype: str, positions: list[int]
+) -> tuple[Any, ...]:
+    rng = np.random.default_rng(heads + width)
+
+    def floats(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    cache = empty_cache(L, B, slots, kv_heads, width, dtype)
+    every = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], (B, slots))
+    for layer in range(L):
+        keys, values = (floats(B, slots, kv_heads, width) for _ in range(2))
+        cache = cache.write(jnp.int32(layer), every, keys, values)
+    angle = floats(B, 1, width // 2)
+    at = jnp.asarray(positions, jnp.int32)[:, None]
+    q, k, v = floats(B, 1, heads, width), *(floats(B, 1, kv_heads, width) for _ in range(2))
+    return q, k, v, cache, at, (jnp.cos(angle), jnp.sin(angle))
+
+
+CASES = [
+    (4, 4, 16, 100, "float32", [0, 99, 64]),
+    (6, 2, 24, 70, "float32", [63, 7, 70]),
+    (4, 1, 32, 130, "bfloat16", [129, 1, 80]),
+    (4, 2, 16, 90, "int8", [3, 89, 64]),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("stretch", [1024, 64])
+def test_equals_plain_jax(case: Any, stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_cached, "STRETCH", stretch)
+    q, k, v, cache, positions, angles = problem(*case)
+    first = jnp.maximum(positions - 40, 0)
+
+    def run(implementation: Any) -> tuple[jax.Array, KVCache]:
+        step = partial(cached_attention, angles=angles, first=first, implementation=implementation)
+        return jax.jit(step)(q, k, v, cache, jnp.int32(1), positions)
+
+    (found, new), (expected, reference) = run("triton"), run("xla")
+    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(new), jax.tree.leaves(reference), strict=True):
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        if case[4] == "int8":  # a code at a tie, an ulp of a scale
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1)
+        else:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_half_precision() -> None:
+    q, k, v, cache, positions, angles = problem(4, 2, 64, 100, "bfloat16", [99, 50, 0])
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    arrays = (q, k, v, cache, jnp.int32(0), positions)
+    found, expected = (
+        cached_attention(*arrays, angles=angles, implementation=name)[0]
+        for name in ("triton", "xla")
+    )
+    assert found.dtype == jnp.bfloat16
+    error = np.asarray(found, np.float32) - np.asarray(expected, np.float32)
+    assert np.max(np.abs(error)) < 0.02
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_lowers_to_one_launch_in_place(platform: str, dtype: str) -> None:
+    q, k, v, cache, positions, angles = problem(4, 2, 64, 128, dtype, [9, 8, 7])
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+
+    def run(*arrays: Any) -> Any:
+        q, k, v, cache, positions, angles = arrays
+        return cached_attention(
+            *(q, k, v, cache, jnp.int32(0), positions), angles=angles, implementation="triton"
+        )
+
+    text = lowered(run, q, k, v, cache, positions, angles, platform=platform)
+    assert text.count("xla.gpu.triton") == 1
+    assert text.count("output_operand_alias<") == len(jax.tree.leaves(cache))

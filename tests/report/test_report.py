@@ -1,0 +1,185 @@
+"""Reports: every figure from a record, verdicts by their rule, pages that need nothing else."""
+
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fabric_jax.cli.main import main
+from fabric_jax.report.build import write_report
+from fabric_jax.report.claims import all_verdicts
+from fabric_jax.report.figures import interval
+from fabric_jax.report.published import published
+from fabric_jax.report.records_index import Index
+from fabric_jax.sweeps.records import Record, read_folder
+
+Folder = Callable[..., Path]
+Make = Callable[..., Record]
+
+
+def verdicts(path: Path) -> dict[str, Any]:
+    index = Index(tuple(read_folder(path)))
+    return {verdict.claim: verdict for verdict in all_verdicts(index)}
+
+
+def gemma_claim(path: Path) -> Any:
+    return next(v for claim, v in verdicts(path).items() if "gemma-3-1b" in claim)
+
+
+@pytest.mark.parametrize(
+    ("seed", "ours", "verdict"),
+    [
+        (200.0, 200.0, "holds"),  # 80 % less than 1,000
+        (200.0, 300.0, "holds under these conditions"),
+        (300.0, 300.0, "does not hold"),
+    ],
+)
+def test_a_saving_is_taken_within_a_recipe(
+    folder: Folder, memory_record: Make, seed: float, ours: float, verdict: str
+) -> None:
+    path = folder(
+        memory_record("bitnet-1b", "ternary1.6", "seed", seed),
+        memory_record("gemma-3-1b", "float16", "seed", 1000.0),
+        memory_record("bitnet-1b", "ternary1.6", "ours", ours),
+        memory_record("gemma-3-1b", "float16", "ours", 1000.0),
+    )
+    found = gemma_claim(path)
+    assert found.verdict == verdict
+    digests = {value.digest for _, value in found.evidence if value.digest}
+    assert digests <= {record.digest for _, record in read_folder(path)}
+    assert len(digests) == 4
+
+
+def test_what_was_not_measured_is_said(folder: Folder, memory_record: Make) -> None:
+    path = folder(
+        memory_record("bitnet-1b", "ternary1.6", "ours", 200.0),
+        memory_record("gemma-3-1b", "float16", "ours", 0.0, status="out_of_memory"),
+    )
+    found = gemma_claim(path)
+    assert found.verdict == "not measured"
+    # The other one ran out of memory, which the table shows.
+    write_report(path, path)
+    assert "out of memory" in (path / "report.md").read_text()
+
+
+def test_lossless_is_held_to_the_published_figures(folder: Folder, make_record: Make) -> None:
+    cell = {
+        "implementation": "xla",
+        "packing": "ternary2",
+        "dtype": "float32",
+        "embedding": "float32",
+        "act_quant": "per_token",
+        "model": "a",
+    }
+    limit = published()["lossless"]
+    for factor, verdict in ((0.9, "holds"), (1.1, "does not hold")):
+        metrics = {
+            "kl_mean": limit["kl_mean"] * factor,
+            "kl_p99": 1e-3,
+            "kl_max": 1e-2,
+            "top1_agreement": 0.995,
+            "perplexity_ratio": 1.0,
+            "positions": 100,
+        }
+        path = folder(make_record("lossless", "cpu", cell, metrics))
+        (found,) = (v for claim, v in verdicts(path).items() if "lossless" in claim)
+        assert found.verdict == verdict
+
+
+class Page(HTMLParser):
+    """Ids, links and everything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.ids += [values["id"] or ""] if "id" in values else []
+        if tag == "a":
+            self.links.append(values.get("href") or "")
+        elif tag in ("link", "img", "script", "iframe"):
+            self.fetched += [v for k, v in attrs if k in ("src", "href") and v]
+
+
+def test_the_page_needs_nothing_else_and_its_links_lead_somewhere(
+    folder: Folder, make_record: Make, memory_record: Make
+) -> None:
+    records = [
+        memory_record(model, weights, recipe, 100.0 + i)
+        for i, model in enumerate(("bitnet-125m", "bitnet-1b"))
+        for weights in ("ternary2", "ternary1.6")
+        for recipe in ("seed", "ours", "smallest")
+    ]
+    records += [
+        make_record(
+            "biomed",
+            "cpu",
+            {"rank": rank, "targets": ["all"], "seed": seed},
+            {"accuracy": 0.5 + 0.01 * seed, "questions": 33},
+            figure={"x": "rank", "y": "accuracy", "series": "targets", "log": "x", "kind": "line"},
+        )
+        for rank in (4, 8)
+        for seed in (0, 1, 2)
+    ]
+    path = folder(*records)
+    written = write_report(path, path)
+    assert {p.name for p in written} >= {"report.md", "report.html", "memory.svg", "rank.svg"}
+    html = (path / "report.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.fetched == []
+    assert "url(http" not in html
+    assert "@import" not in html
+    assert len(page.ids) == len(set(page.ids))
+    inside = [link for link in page.links if link.startswith("#")]
+    assert len(inside) > 20
+    assert {link[1:] for link in inside} <= set(page.ids)
+    for record in records:
+        assert f'id="r-{record.digest}"' in html
+        assert record.command in html
+    # A figure of ours leads to its record in the Markdown too.
+    text = (path / "report.md").read_text()
+    lines = (path / "all.jsonl").read_text().splitlines()
+    for shown, number in re.findall(r"\[(\d{3})\]\(all\.jsonl#L(\d+)\)", text):
+        assert f'"peak_bytes":{int(shown) << 20}' in lines[int(number) - 1]
+    assert (path / "figures" / "memory.svg").read_text().startswith("<svg")
+
+
+def test_reports_of_equal_records_are_equal(folder: Folder, memory_record: Make) -> None:
+    path = folder(memory_record("bitnet-125m", "ternary2", "ours", 100.0))
+    write_report(path, path)
+    first = (path / "report.html").read_bytes()
+    write_report(path, path)
+    assert (path / "report.html").read_bytes() == first
+
+
+def test_intervals_are_students() -> None:
+    # Three values 1, 2, 3: deviation 1, t(0.975, 2) = 4.303.
+    assert math.isclose(interval([1.0, 2.0, 3.0]), 4.303 / math.sqrt(3), rel_tol=1e-4)
+    assert interval([1.0]) == 0.0
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no records" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_published_figures_are_those_of_the_claims() -> None:
+    """The savings that are claimed follow from the tables as they are kept here."""
+    vram = published()["vram_mib"]
+    for small, large, claimed in (
+        (("bitnet-1b", "ternary1.6"), ("gemma-3-1b", "float16"), 77.8),
+        (("bitnet-1b", "ternary1.6"), ("qwen3-0.6b", "float16"), 65.6),
+        (("bitnet-13b", "ternary1.6"), ("qwen3-4b", "int4"), 29.0),
+    ):
+        saving = 100 * (1 - vram[small[0]][small[1]] / vram[large[0]][large[1]])
+        assert abs(saving - claimed) < 0.3

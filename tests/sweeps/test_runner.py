@@ -1,0 +1,213 @@
+"""The runner, with an experiment whose cells end in every way there is."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fabric_jax.cli.main import main
+from fabric_jax.errors import FabricError
+from fabric_jax.sweeps.environment import SharedDevice, chosen_variables, process_environment
+from fabric_jax.sweeps.records import Record, read_folder
+from fabric_jax.sweeps.runner import SweepOptions, plan
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+def sweep(out: Path, *words: str) -> int:
+    return main(["sweep", "toy_experiment", "--platform", "cpu", "--out", str(out), *words])
+
+
+def by_name(out: Path) -> dict[str, Record]:
+    return {record.name: record for _, record in read_folder(out)}
+
+
+def test_every_ending_is_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = sweep(
+        tmp_path,
+        *("number=1", "--timeout", "4", "--memory-gib", "0.35", "--jobs", "4"),
+        *("--bundle", str(tmp_path / "all" / "b.jsonl")),
+    )
+    assert code == 1  # cells crashed
+    found = {r.cell["how"]: r for r in by_name(tmp_path / "all").values()}
+    assert {how: record.status for how, record in found.items()} == {
+        "well": "ok",
+        "signal": "crash",
+        "raises": "crash",
+        "device_memory": "out_of_memory",
+        "host_memory": "out_of_memory",
+        "never": "unsupported",
+        "slow": "timeout",
+    }
+    assert found["well"].metrics == {"value_seconds": 1.5}
+    assert found["signal"].detail is not None
+    assert "SIGSEGV" in found["signal"].detail
+    assert found["raises"].detail == "ValueError: a reason"
+    assert "7 records" in capsys.readouterr().out
+
+
+def test_a_record_is_kept_until_it_is_asked_for_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    words = ("how=well", f"log={log}")
+    assert sweep(tmp_path / "out", *words) == 0
+    assert sweep(tmp_path / "out", *words) == 0
+    assert log.read_text().splitlines() == ["1", "2"]
+
+    # Records of other code are kept and said to be stale.
+    for path in (tmp_path / "out" / "toy_experiment").glob("*.json"):
+        path.write_text(path.read_text().replace('"code": "', '"code": "0'))
+    options = SweepOptions(
+        experiment="toy_experiment", platform="cpu", out=str(tmp_path / "out"), overrides=words
+    )
+    assert [task.state for task in plan(options)[1]] == ["stale", "stale"]
+    assert sweep(tmp_path / "out", *words, "number=2", "--rerun", "stale") == 0
+    assert [task.state for task in plan(options)[1]] == ["stale", "kept"]
+    assert log.read_text().splitlines() == ["1", "2", "2"]
+
+
+def test_a_killed_sweep_goes_on_without_repeating_a_cell(tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "fabric_jax.cli.main", "sweep", "toy_experiment"),
+        *("--platform", "cpu", "--out", str(out), "how=well", "number=1"),
+        *("maybe=1,2,3,4,5,6,7,8", "seconds=0.1", f"log={log}"),
+    ]
+    paths = os.pathsep.join([str(HERE), str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    dice = random.Random(0)
+    for begun in (2, 5):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        while not log.exists() or len(log.read_text().split()) < begun:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = {str(record.cell["maybe"]) for record in by_name(out).values()}
+    measured = log.read_text().split()
+    subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=True)
+
+    assert 0 < len(done) < 8
+    assert {r.cell["maybe"] for r in by_name(out).values()} == set(range(1, 9))
+    again = set(log.read_text().split()[len(measured) :])
+    assert not again & done
+    # At most the cell that was being measured began a second time.
+    assert len(log.read_text().split()) <= 8 + 2
+
+
+def test_damaged_records_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(tmp_path, "how=well", "number=1") == 0
+    (path,) = (tmp_path / "toy_experiment").glob("*.json")
+    good = json.loads(path.read_text())
+    for broken, message in (
+        ("{", "no JSON"),
+        ("[]", "no record"),
+        (json.dumps(good | {"schema": 7}), "another schema"),
+        (json.dumps(good | {"status": "fine"}), "expected one of ok"),
+        (json.dumps(good | {"seconds": "2"}), "seconds; expected a number"),
+        (json.dumps(good | {"extra": 1}), "has no 'extra'"),
+        (json.dumps({k: v for k, v in good.items() if k != "cell"}), "lacks 'cell'"),
+    ):
+        path.write_text(broken)
+        with pytest.raises(FabricError, match=message):
+            read_folder(tmp_path)
+    assert sweep(tmp_path, "how=well", "number=1") == 2
+    assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["numbr=1"], "number"),
+        (["number=one"], "a whole number"),
+        (["number"], "key=value"),
+        (["number=3"], "no cell has number=3"),
+        (["number=1", "number=2"], "twice"),
+    ],
+)
+def test_wrong_overrides(
+    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(tmp_path, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_overrides_are_typed_and_become_axes(tmp_path: Path) -> None:
+    options = SweepOptions(
+        experiment="toy_experiment",
+        platform="cpu",
+        out=str(tmp_path),
+        overrides=("how=well", "number=2", "names=a,b+c", "maybe=none,4", "seconds=0.5"),
+    )
+    cells = [task.cell for task in plan(options)[1]]
+    assert [(c.names, c.maybe) for c in cells] == [
+        (("a",), None),
+        (("a",), 4),
+        (("b", "c"), None),
+        (("b", "c"), 4),
+    ]
+    assert {c.seconds for c in cells} == {0.5}
+    # The command in a record selects that cell alone.
+    for task in plan(options)[1]:
+        words = task.draft.command.split("--out DIR ")[1].split()
+        again = SweepOptions(
+            experiment="toy_experiment",
+            platform="cpu",
+            out=str(tmp_path),
+            overrides=tuple(word.strip("'") for word in words),
+        )
+        assert [other.draft.digest for other in plan(again)[1]] == [task.draft.digest]
+
+
+def test_a_platform_must_be_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "toy_experiment", "--platform", "gpu", "--out", str(tmp_path)]) == 2
+    assert "cuda" in capsys.readouterr().err
+    assert main(["sweep", "toy_experimen", "--out", str(tmp_path)]) == 2
+    assert "no experiment" in capsys.readouterr().err
+
+
+def test_cells_share_a_device_by_their_fractions() -> None:
+    device, running, most = SharedDevice(4), [0.0], [0.0]
+    lock = threading.Lock()
+
+    def run(fraction: float) -> None:
+        variables = {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": str(fraction),
+        }
+        with device.share(variables):
+            with lock:
+                running[0] += fraction
+                most[0] = max(most[0], running[0])
+            time.sleep(0.02)
+            with lock:
+                running[0] -= fraction
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, [0.3, 0.3, 0.5, 0.2, 0.9, 0.1, 0.4]))
+    assert 0.5 < most[0] <= 0.9 + 1e-9
+
+
+def test_what_a_process_is_told_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    cuda = chosen_variables("cuda", {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"}, "cache")
+    assert process_environment(cuda)["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.1"
+    assert cuda["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+    tpu = chosen_variables("tpu-v5e", {}, "")
+    assert process_environment(tpu)["FABRIC_KERNELS_CPU"] == "0"
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in process_environment(tpu)
