@@ -68,7 +68,7 @@ def test_out_of_memory_names_the_need_and_three_ways_to_fit(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_at_any_size_leaves_nothing_half_written(
     configure: Configure, tmp_path: Path
 ) -> None:

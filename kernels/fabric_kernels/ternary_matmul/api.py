@@ -203,6 +203,7 @@ def ternary_linear_transposed(
         [..., K] in the dtype of the gradients.
     """
     chosen = select_implementation(implementation)
+    chosen = _resolved(chosen, "linear_transposed", gradients[0], weights[0])
     if chosen != "cpu":
         return products(chosen).linear_transposed(gradients, weights)
     empty = jnp.zeros((*gradients[0].shape[:-1], 0), gradients[0].dtype)
