@@ -22,9 +22,9 @@ from fabric_kernels.packing import Packing
 from fabric_kernels.ternary_matmul.select import Implementation, Product
 
 VARIABLE = "FABRIC_KERNELS_TUNED"
-A_LAUNCH_EACH = 1.2
-"""Times of implementations that launch a kernel for each matrix count so much more: one matrix is
-measured, and layers ask for two or three at a time, which Triton's kernels take together."""
+LAUNCH_MICROSECONDS = 2.0
+"""What implementations are charged that launch a kernel for each matrix: one matrix is timed, and
+layers ask for two or three at a time, which Triton's kernels take together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,8 @@ def parse_table(record: dict[str, Any]) -> TunedTable:
             continue
         key = tuple(row[columns[name]] for name in keys)
         name: Implementation = row[columns["implementation"]]
-        found = (row[columns["microseconds"]] * (1 if name == "triton" else A_LAUNCH_EACH), name)
+        charge = 0.0 if name == "triton" else LAUNCH_MICROSECONDS
+        found = (row[columns["microseconds"]] + charge, name)
         best[key] = min(best.get(key, found), found)
     choices = tuple(
         Choice(**dict(zip(keys, key, strict=True)), implementation=implementation)
