@@ -24,6 +24,7 @@ RANKS = {
     "fabric_jax.files": 1,
     "fabric_jax.gguf_container": 1,
     "fabric_jax.quantization": 1,
+    "fabric_jax.parallel": 1,
     "fabric_jax.layers": 2,
     "fabric_jax.models": 3,
     "fabric_jax.data": 4,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import jax
 import numpy as np
 
 from fabric_jax.checkpoints.arrays import (
@@ -196,8 +197,16 @@ class TrainCheckpoints:
     def _open(self) -> "ocp.CheckpointManager":
         """Opens the folder, removing what an interrupted save left."""
         ocp = import_orbax()
+        # Of several processes one has the checkpoints; orbax must not wait for the others.
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix="fabric"
+        )
         options = ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=False, save_root_metadata=False
+            enable_async_checkpointing=False,
+            save_root_metadata=False,
+            create=False,
+            **({"multiprocessing_options": alone} if jax.process_count() > 1 else {}),
         )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

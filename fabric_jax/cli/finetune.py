@@ -15,7 +15,11 @@ def run(arguments: Sequence[str]) -> int:
     config = parse(FinetuneConfig, "finetune", arguments)
     from fabric_jax.training.loop import finetune
 
-    _print(finetune(config))
+    summary = finetune(config)
+    from fabric_jax.parallel.processes import is_first
+
+    if is_first():
+        _print(summary)
     return 0
 
 

@@ -82,11 +82,14 @@ def _print(found: "MemoryAccount", config: "MemoryConfig") -> None:
     rows = [(name, *map(bytes_text, sizes)) for name, *sizes in table_rows(found)]
     print_table(
         f"{found.model}, {config.batch_size} x {config.max_length} positions, LoRA rank "
-        f"{config.lora.rank}, {found.platform}",
+        f"{config.lora.rank}, {found.platform}"
+        + (f"; each device of {found.mesh}" if found.mesh else ""),
         ("", "analytic", "compiled", "device"),
         rows,
     )
     out = console()
+    for note in found.notes:
+        out.print(note)
     compiled, measured = found.compiled, found.measured
     if compiled is not None:
         out.print(_difference("compiled", compiled.total, "analytic", found.analytic))

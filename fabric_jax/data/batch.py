@@ -33,6 +33,18 @@ class Batch:
 class BatchSource(Protocol):
     """An endless sequence of batches, epoch after epoch, that knows its position."""
 
+    @property
+    def rows_in_micro_batch(self) -> int:
+        """B, all shares together."""
+        ...
+
+    def take_share(self, first: int, last: int) -> None:
+        """From now on batches hold the rows from ``first`` to before ``last`` of each micro-batch.
+
+        Order, positions and the number of batches stay those of the whole.
+        """
+        ...
+
     def batches_in_epoch(self, epoch: int) -> int:
         """Batches of one epoch."""
         ...

@@ -69,11 +69,26 @@ class BatchStream:
         self._rows = lru_cache(maxsize=2)(self._plan)
         self._dataset = lru_cache(maxsize=2)(self._batches)
         self._counts: dict[int, int] = {}
+        self._share = (0, shape.batch_size)
+
+    def take_share(self, first: int, last: int) -> None:
+        """From now on batches hold the rows from ``first`` to before ``last`` of each micro-batch.
+
+        Processes that train together take a share each: order, positions and the number of batches
+        stay those of the whole.
+        """
+        self._share = (first, last)
+        self._dataset.cache_clear()
 
     @property
     def documents(self) -> Documents:
         """What the batches are made of."""
         return self._documents
+
+    @property
+    def rows_in_micro_batch(self) -> int:
+        """B, all shares together."""
+        return self._shape.batch_size
 
     def rows_in_epoch(self, epoch: int) -> int:
         """Rows that hold documents; packing fills each epoch's differently."""
@@ -156,14 +171,28 @@ class BatchStream:
 
         if self._seed is None:
             epoch = 0
-        rows = grain.MapDataset.source(_Rows(self._documents, self._rows(epoch), self._shape))
-        return rows.batch(self._shape.rows, batch_fn=self._stack)
+        rows = self._rows(epoch)
+        first, last = self._share
+        own = (self._shape.accumulation or 1) * (last - first)
+        if own < self._shape.rows:
+            rows = self._own_rows(rows)
+        source = grain.MapDataset.source(_Rows(self._documents, rows, self._shape))
+        return source.batch(own, batch_fn=self._stack)
+
+    def _own_rows(self, rows: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """The rows of the share, those that fill up the last batch included."""
+        first, last = self._share
+        empty = np.zeros(0, np.int64)
+        filled = [*rows, *[empty] * (-len(rows) % self._shape.rows)]
+        size = self._shape.batch_size
+        return [row for i, row in enumerate(filled) if first <= i % size < last]
 
     def _stack(self, rows: Any) -> Batch:
         """Stacks rows to the one shape all batches have."""
+        a, t = self._shape.accumulation, self._shape.max_length
+        b = self._share[1] - self._share[0]
         empty = _assemble(self._documents, np.zeros(0, np.int64), self._shape)
-        filled = [*rows, *[empty] * (self._shape.rows - len(rows))]
-        a, b, t = self._shape.accumulation, self._shape.batch_size, self._shape.max_length
+        filled = [*rows, *[empty] * ((a or 1) * b - len(rows))]
         shape = (b, t) if a is None else (a, b, t)
         return jax.tree.map(lambda *leaves: np.stack(leaves).reshape(shape), *filled)
 

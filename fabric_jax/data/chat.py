@@ -1,11 +1,21 @@
 """Chat templates: Jinja text that turns messages into the one string a model reads."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
+from fabric_jax.data.template_limits import (
+    LENGTH,
+    TICK,
+    check_arguments,
+    check_operator,
+    count_turns,
+    joined,
+    render_within_limits,
+    tick,
+)
 from fabric_jax.data.tokenizer import Tokenizer
 from fabric_jax.errors import FabricError
 
@@ -81,12 +91,15 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            text = self._template.render(
-                messages=list(messages),
-                tools=None if tools is None else list(tools),
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
+            text = render_within_limits(
+                self._template,
+                {
+                    "messages": list(messages),
+                    "tools": None if tools is None else list(tools),
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                    **self._variables,
+                },
             )
         except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise FabricError(f"the chat template fails on these messages: {error}") from error
@@ -165,14 +178,48 @@ def _environment() -> Any:
             )
             return [before, *body, after]
 
-    environment: Environment = ImmutableSandboxedEnvironment(
+    class Limited(ImmutableSandboxedEnvironment):
+        """The sandbox, with bounds on time and size (``template_limits``)."""
+
+        intercepted_binops = frozenset(["*", "+", "**", "%"])
+
+        def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+            return count_turns(super()._parse(source, name, filename))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            """Refuses what would be too long."""
+            check_operator(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+        def call(self, *values: Any, **named: Any) -> Any:
+            """Refuses what would be too long."""
+            check_arguments([*values[1:], *named.values()])
+            return super().call(*values, **named)
+
+    environment: Environment = Limited(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     # Jinja's own filter escapes HTML characters, which models never saw.
     environment.filters["tojson"] = _to_json
+    for name, filter_ in list(environment.filters.items()):
+        environment.filters[name] = _limited(filter_)
     functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    functions |= {TICK: tick, LENGTH: joined}
     cast(dict[str, Any], environment.globals).update(functions)
     return environment
+
+
+def _limited(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that refuses arguments which stand for too long a text."""
+
+    @wraps(filter_)
+    def limited(*values: Any, **named: Any) -> Any:
+        # A number in front of the bar is a value; the environment that some filters get is none.
+        check_arguments([*values[1:], *named.values()])
+        check_arguments(value for value in values[:2] if isinstance(value, str))
+        return filter_(*values, **named)
+
+    return limited
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -47,9 +47,22 @@ class TokenStream:
         self._length, self._micro, self._accumulation = length, rows, accumulation
         self._seed, self._document_mask = seed, document_mask
         self._epoch, self._batch = 0, 0
+        self._share = (0, rows)
         self._order: tuple[int, NDArray[np.int64]] | None = None
         named = (corpus, length, rows, accumulation, seed, document_mask)
         self.fingerprint = hashlib.sha256(repr(named).encode()).hexdigest()
+
+    def take_share(self, first: int, last: int) -> None:
+        """From now on batches hold the rows from ``first`` to before ``last`` of each micro-batch.
+
+        Order, positions and the number of batches stay those of the whole.
+        """
+        self._share = (first, last)
+
+    @property
+    def rows_in_micro_batch(self) -> int:
+        """B, all shares together."""
+        return self._micro
 
     @property
     def row_count(self) -> int:
@@ -111,10 +124,14 @@ class TokenStream:
         order = self._order_of(epoch)
         count = self._rows_of_batch
         chosen = order[batch * count : (batch + 1) * count]
-        fields = np.zeros((5, count, self._length), np.int32)
+        first, last = self._share
+        own = last - first
+        fields = np.zeros((5, count // self._micro, own, self._length), np.int32)
         for place, row in enumerate(chosen):
-            fields[:, place] = self._row(int(row))
-        shape = (self._micro, self._length)
+            micro, place = divmod(place, self._micro)
+            if first <= place < last:
+                fields[:, micro, place - first] = self._row(int(row))
+        shape = (own, self._length)
         if self._accumulation is not None:
             shape = (self._accumulation, *shape)
         tokens, targets, mask, segments, positions = (part.reshape(shape) for part in fields)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fabric_jax.data.batch import Batch
 from fabric_jax.data.tokenize_rows import LabelledRow
@@ -41,11 +42,13 @@ def compare(
     labelled: Sequence[LabelledRow] = (),
     by: AnswerBy = "generation",
     batch_size: int = 8,
+    mesh: Mesh | None = None,
 ) -> Comparison:
     """Measures perplexity on ``batches`` [B, T] and task accuracy on ``labelled``.
 
     The base is the same compiled program with an adapter of zeros, so nothing but the adapter
-    differs. An empty ``adapter`` measures the base alone.
+    differs. An empty ``adapter`` measures the base alone. Perplexity is computed on the devices of
+    ``mesh`` where one is given, with ``base`` cut along it; accuracy then is not.
 
     Raises:
         FabricError: as ``evaluate_perplexity`` and ``make_accuracy_task``.
@@ -53,7 +56,7 @@ def compare(
     adapters = [jax.tree.map(jnp.zeros_like, adapter), adapter] if adapter else [adapter]
     perplexities: list[Perplexity] | list[None] = [None] * len(adapters)
     if batches is not None:
-        step = make_eval_step(definition)
+        step = make_eval_step(definition, mesh)
         perplexities = evaluate_perplexities(step, base, adapters, batches)
     accuracies: list[TaskAccuracy] | list[None] = [None] * len(adapters)
     if labelled:

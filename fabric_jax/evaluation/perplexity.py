@@ -6,11 +6,15 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import Mesh
 
 from fabric_jax.data.batch import Batch
 from fabric_jax.errors import FabricError
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
+from fabric_jax.parallel.mesh import DATA, FSDP
+from fabric_jax.parallel.placement import ROWS, WHOLE, base_specs, own_rows, place_rows, shape_of
 
 EvalStep = Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]
 """``(base, adapter, batch[B, T]) -> (sum of losses in nats, number of trainable tokens)``."""
@@ -35,17 +39,45 @@ class Perplexity:
             return float(np.exp(np.float64(self.loss)))
 
 
-def make_eval_step(definition: DecoderDefinition) -> EvalStep:
-    """The compiled step of an evaluation."""
+def make_eval_step(definition: DecoderDefinition, mesh: Mesh | None = None) -> EvalStep:
+    """The compiled step of an evaluation.
 
-    @jax.jit
+    With a mesh of several devices the base is cut along it, and batches are given as the host has
+    them: this process's rows.
+    """
+    if mesh is not None:
+        definition = definition.on_mesh(shape_of(mesh))
+
     def step(base: Tree, adapter: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         decoder = definition.bind(base, adapter)
         hidden = decoder(batch.tokens, batch.positions, batch.segment_ids)
         loss = decoder.loss(hidden, batch.targets, batch.loss_mask)
         return loss, jnp.sum(batch.loss_mask)
 
-    return step
+    return jax.jit(step) if mesh is None else _over_devices(step, definition, mesh)
+
+
+def _over_devices(step: EvalStep, definition: DecoderDefinition, mesh: Mesh) -> EvalStep:
+    """``step`` on every device's rows and parts of the base; its results summed over rows."""
+    shape = shape_of(mesh)
+
+    @jax.jit
+    def summed(base: Tree, adapter: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        ternary = definition.options.mode != "float"
+        return jax.shard_map(
+            lambda *own: lax.psum(step(*own), (DATA, FSDP)),
+            mesh=mesh,
+            in_specs=(base_specs(base, shape, ternary=ternary), WHOLE, ROWS),
+            out_specs=(WHOLE, WHOLE),
+            check_vma=False,
+        )(base, adapter, batch)
+
+    def on_rows(base: Tree, adapter: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        first, last = own_rows(shape.row_shards, mesh)
+        rows = batch.tokens.shape[0] * shape.row_shards // (last - first)
+        return summed(base, adapter, place_rows(batch, rows, mesh, ROWS))
+
+    return on_rows
 
 
 def evaluate_perplexity(

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
@@ -30,10 +30,15 @@ from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.parameters import Constant, Normal, RandomTernary, declare_base
 from fabric_jax.layers.residuals import Twin, as_codes, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_blocks, table_bits
+from fabric_jax.parallel.axes import Cut, cut_of
+from fabric_jax.parallel.linears import Plan, partitioned_linears
+from fabric_jax.parallel.masters import gather_parts, quantize_parts
+from fabric_jax.parallel.mesh import MeshShape
 from fabric_jax.quantization.absmax import ActQuant
 from fabric_jax.quantization.master_linear import master_linear
 from fabric_jax.quantization.packed_linear import packed_linears
 from fabric_jax.quantization.ste_options import SteOptions
+from fabric_jax.quantization.straight_through import fake_quantize_activation
 
 BaseMode = Literal["packed", "master", "float"]
 """``packed``: frozen codes of 2 or 1.6 bits. ``master``: float weights, quantised in every forward
@@ -62,6 +67,7 @@ class LinearOptions:
         gradient_bits: of the backward product through packed weights on CPU.
         packing: layout of packed weights.
         float_format: how weights in the mode ``float`` are stored.
+        mesh: what ternary weights are cut along; arrays are then parts, within ``shard_map``.
         norm_dtype: of the gains of norms; None for ``dtype``.
         ste: what masters and their inputs go through.
     """
@@ -75,6 +81,7 @@ class LinearOptions:
     gradient_bits: GradientBits = 16
     packing: Packing = "ternary2"
     float_format: FloatFormat = "same"
+    mesh: MeshShape = field(default_factory=MeshShape)
     norm_dtype: DTypeLike | None = None
     ste: SteOptions = field(default_factory=SteOptions)
 
@@ -140,7 +147,13 @@ class BitLinear(nnx.Module):
                 else:
                     self.codes, self.scales = declare_blocks(n, k, bits, INIT_STD, stack=stack)
         covered = options.lora.covers(name)
-        self.lora = Lora(n, k, options.lora.of(name), stack=stack) if covered else None
+        self.lora = (
+            Lora(n, k, options.lora.of(name), stack=stack, mesh=options.mesh) if covered else None
+        )
+        self.cut = Cut()
+        if options.mode != "float":
+            width = packed_width(k, options.packing) if options.mode == "packed" else k
+            self.cut = cut_of(name, n, width, options.mesh)
         self.k = k
         self.name = name
         self.options = options
@@ -173,14 +186,22 @@ class BitLinear(nnx.Module):
         if options.mode == "float":
             return linear(x, self.weight[...])
         key = _key(context)
+        key = None if key is None else jax.random.fold_in(key, self.stream)
+        strength = None if context is None else context.strength
+        weight = self.weight[...]
+        if self.cut != Cut():
+            if strength is None and replace(options.ste, product="float") == SteOptions():
+                values = fake_quantize_activation(x, options.act_quant)
+                return linear(values, quantize_parts(self.cut, weight))
+            weight = gather_parts(self.cut, weight)
         return master_linear(
             x,
-            self.weight[...],
+            weight,
             name=self.name,
             act_quant=options.act_quant,
             ste=options.ste,
-            key=None if key is None else jax.random.fold_in(key, self.stream),
-            strength=None if context is None else context.strength,
+            key=key,
+            strength=strength,
         )
 
     def product(self, context: LayerContext | None) -> LowRank | None:
@@ -231,7 +252,8 @@ def takes_prologue(
     options = linears[0].options
     quantized = options.mode == "packed" and options.act_quant == "per_token"
     kept = isinstance(x, Twin) or (context is not None and context.int8_residuals)
-    return quantized and not kept and all(one.lora is None for one in linears)
+    whole = all(one.cut == Cut() for one in linears)
+    return quantized and whole and not kept and all(one.lora is None for one in linears)
 
 
 def apply_together(
@@ -247,7 +269,22 @@ def apply_together(
     """
     options = linears[0].options
     products = [one.product(context) for one in linears]
-    if options.mode == "packed":
+    cuts = tuple(one.cut for one in linears)
+    if options.mode == "packed" and any(cut != Cut() for cut in cuts):
+        outputs = partitioned_linears(
+            Plan(
+                cuts=cuts,
+                tensor=options.mesh.tensor,
+                act_quant=options.act_quant,
+                implementation=options.implementation,
+                gradient_bits=options.gradient_bits,
+            ),
+            exact_form(x),
+            [one.packed(context) for one in linears],
+            products,
+            kept=x.kept if isinstance(x, Twin) else None,
+        )
+    elif options.mode == "packed":
         outputs = packed_linears(
             exact_form(x),
             [one.packed(context) for one in linears],

@@ -11,6 +11,8 @@ from flax import nnx
 
 from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.layers.parameters import Constant, Uniform, declare_adapter
+from fabric_jax.parallel.mesh import MeshShape
+from fabric_jax.parallel.rows import bernoulli_of_rows
 
 TARGET_GROUPS: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "o"),
@@ -135,8 +137,16 @@ class Lora(nnx.Module):
     B keeps the rank first so that its gradient comes out of the product as it is stored.
     """
 
-    def __init__(self, n: int, k: int, config: LoraConfig, *, stack: tuple[int, ...] = ()) -> None:
-        """Declares A and B for a linear of [n, k]."""
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        config: LoraConfig,
+        *,
+        stack: tuple[int, ...] = (),
+        mesh: MeshShape | None = None,
+    ) -> None:
+        """Declares A and B for a linear of [n, k]; inputs are cut by rows along ``mesh``."""
         if config.rank > min(n, k):
             raise FabricError(
                 f"LoRA rank {config.rank} exceeds a dimension of a targeted [{n}, {k}] linear",
@@ -150,6 +160,7 @@ class Lora(nnx.Module):
         self.b = declare_adapter((config.rank, n), config.adapter_dtype, Constant(0.0), stack=stack)
         self.scale = config.scale
         self.dropout = config.dropout
+        self.mesh = mesh or MeshShape()
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """The adapter's share of the output [..., N] for the un-quantised input ``x`` [..., K].
@@ -157,7 +168,7 @@ class Lora(nnx.Module):
         Dropout happens only where ``dropout_key`` is given.
         """
         if dropout_key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+            keep = bernoulli_of_rows(dropout_key, 1 - self.dropout, x.shape, self.mesh)
             x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
         return low_rank_product(x, self.product)
 

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from fabric_kernels import packed_width
 
 from fabric_jax.layers.cross_entropy import LOGITS_TILE_BYTES, tile_tokens
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderOptions
+from fabric_jax.parallel.axes import Cut, cut_of
+from fabric_jax.parallel.mesh import FSDP, TENSOR, MeshShape
 
 FLOAT32_BYTES = 4
 # Rows are unpacked to floats in tiles of this size for the backward product (ternary_matmul/xla).
@@ -28,6 +31,8 @@ class StepScratch:
         logits: a tile of them and its gradient.
         unpacked: the largest matrix of a layer as the product reads it; 0 where a kernel reads
             packed bytes.
+        gathered: packed bytes of one layer, its parts on other devices included; 0 where weights
+            are not cut along ``fsdp``.
     """
 
     kept: int
@@ -35,26 +40,37 @@ class StepScratch:
     attention: int
     logits: int
     unpacked: int
+    gathered: int = 0
 
     @property
     def total(self) -> int:
         """What is held at once: the loss is done with before the first layer is differentiated."""
-        return self.kept + max(self.layer + self.attention + self.unpacked, self.logits)
+        layer = self.layer + self.attention + self.unpacked + self.gathered
+        return self.kept + max(layer, self.logits)
 
 
 def predict_scratch(
-    config: ModelConfig, options: DecoderOptions, *, rows: int, length: int, kernels: bool
+    config: ModelConfig,
+    options: DecoderOptions,
+    *,
+    rows: int,
+    length: int,
+    kernels: bool,
+    mesh: MeshShape | None = None,
 ) -> StepScratch:
     """The intermediate arrays of a LoRA step on ``rows`` rows of ``length`` positions.
 
     Args:
         config: what the model is.
         options: how it is stored and computed.
-        rows: in a micro-batch.
+        rows: in a micro-batch, on all devices together.
         length: positions in a row.
         kernels: whether packed weights and attention run in kernels that keep their own scratch in
             a cache, as on CPU.
+        mesh: what rows and weights are cut along; the result is that of each device.
     """
+    mesh = mesh or MeshShape()
+    rows //= mesh.row_shards
     item = jnp.dtype(options.dtype).itemsize
     tokens = rows * length
     d, f = config.hidden_size, config.ffn_size
@@ -85,14 +101,41 @@ def predict_scratch(
         layer=tokens * live,
         attention=0 if kernels else 4 * min(scores, ATTENTION_TILE_BYTES),
         logits=2 * FLOAT32_BYTES * tile * config.vocab_size,
-        unpacked=0 if kernels else _unpacked(config, options),
+        unpacked=0 if kernels else _unpacked(config, options, mesh),
+        gathered=_gathered(config, options, mesh),
     )
 
 
-def _unpacked(config: ModelConfig, options: DecoderOptions) -> int:
+def _unpacked(config: ModelConfig, options: DecoderOptions, mesh: MeshShape) -> int:
     """A whole matrix as int8 for the forward product, or a tile of it as floats."""
-    largest = max(n * k for n, k in config.linear_shapes.values())
     if options.mode == "float":
+        largest = max(n * k for n, k in config.linear_shapes.values())
         whole = largest * jnp.dtype(options.dtype).itemsize
         return min(FROZEN_TILE_BYTES, whole) if options.frozen else 0
-    return max(FLOAT_TILE_BYTES, largest)
+    parts = [
+        n * k // (mesh.tensor if options.mode == "packed" and TENSOR in cut.axes else 1)
+        for (n, k), cut in _cuts(config, options, mesh)
+    ]
+    return max(FLOAT_TILE_BYTES, *parts)
+
+
+def _gathered(config: ModelConfig, options: DecoderOptions, mesh: MeshShape) -> int:
+    """Bytes of one layer's matrices that are cut along ``fsdp``, all of them gathered at once."""
+    if options.mode != "packed":
+        return 0
+    return sum(
+        n * packed_width(k, options.packing) // (mesh.tensor if TENSOR in cut.axes else 1)
+        for (n, k), cut in _cuts(config, options, mesh)
+        if FSDP in cut.axes
+    )
+
+
+def _cuts(
+    config: ModelConfig, options: DecoderOptions, mesh: MeshShape
+) -> list[tuple[tuple[int, int], Cut]]:
+    """(N, K) of each linear, and how it is cut."""
+    found: list[tuple[tuple[int, int], Cut]] = []
+    for path, (n, k) in config.linear_shapes.items():
+        width = packed_width(k, options.packing) if options.mode == "packed" else k
+        found.append(((n, k), cut_of(path.split(".")[-1], n, width, mesh)))
+    return found

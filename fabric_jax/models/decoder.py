@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -37,6 +37,7 @@ from fabric_jax.layers.residuals import INT8_RESIDUAL, Twin, exact_form, joined,
 from fabric_jax.layers.table import declare_table, table_rows, table_value
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.views import Views, cache_views, row_views
+from fabric_jax.parallel.mesh import MeshShape
 from fabric_jax.quantization.absmax import ActQuant
 from fabric_jax.quantization.ste_options import SteOptions
 
@@ -64,6 +65,8 @@ class DecoderOptions:
             (fixed point, about twice as fast) or 24 (as exact as float32).
         float_format: of linears in the mode ``float`` as they are stored; ``same`` is ``dtype``,
             any other than that is frozen.
+        mesh: what ternary weights are cut along. Such a decoder runs within ``shard_map``, bound to
+            parts of the trees that are declared (``fabric_jax.parallel``).
         norm_dtype: of the gains of norms as they are stored; None for ``dtype``.
         ste: what master weights and their inputs go through.
         loss_tile_bytes: float32 logits that exist at once; accelerators want large tiles.
@@ -81,6 +84,7 @@ class DecoderOptions:
     gradient_bits: GradientBits = 16
     embedding_dtype: DTypeLike | None = None
     float_format: FloatFormat = "same"
+    mesh: MeshShape = field(default_factory=MeshShape)
     norm_dtype: DTypeLike | None = None
     ste: SteOptions = field(default_factory=SteOptions)
     loss_tile_bytes: int = LOGITS_TILE_BYTES
@@ -196,6 +200,7 @@ class Decoder(nnx.Module):
             stack=(config.num_layers,),
             gradient_bits=options.gradient_bits,
             float_format=options.float_format,
+            mesh=options.mesh,
             norm_dtype=options.norm_dtype,
             ste=options.ste,
         )
@@ -450,6 +455,12 @@ class DecoderDefinition:
     def bind(self, base: dict[str, Any], adapter: dict[str, Any]) -> Decoder:
         """The decoder over these trees of arrays; callable inside ``jit`` and ``grad``."""
         return nnx.merge(self.graphdef, adapter, base)
+
+    def on_mesh(self, mesh: MeshShape) -> "DecoderDefinition":
+        """The same decoder where its trees are cut along a mesh; see ``DecoderOptions.mesh``."""
+        if mesh == self.options.mesh:
+            return self
+        return define_decoder(self.config, replace(self.options, mesh=mesh))
 
 
 def define_decoder(config: ModelConfig, options: DecoderOptions) -> DecoderDefinition:

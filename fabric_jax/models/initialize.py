@@ -1,7 +1,8 @@
 """Random weights, made leaf by leaf in their final format."""
 
 import zlib
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from typing import Any, cast
 
 import jax
@@ -18,9 +19,14 @@ Tree = dict[str, Any]
 BLOCK_ELEMENTS = 1 << 22
 
 
-def initialize_base(definition: DecoderDefinition, seed: int) -> Tree:
-    """Random base weights of a decoder, on the default device."""
-    return _initialize(definition.base, jax.random.key(seed))
+def initialize_base(
+    definition: DecoderDefinition, seed: int, *, shardings: Tree | None = None
+) -> Tree:
+    """Random base weights of a decoder, on the default device.
+
+    With ``shardings``, a tree of them, each leaf is put there before the next one is made.
+    """
+    return _initialize(definition.base, jax.random.key(seed), shardings)
 
 
 def initialize_adapter(definition: DecoderDefinition, seed: int) -> Tree:
@@ -28,7 +34,7 @@ def initialize_adapter(definition: DecoderDefinition, seed: int) -> Tree:
     return _initialize(definition.adapter, jax.random.fold_in(jax.random.key(seed), 1))
 
 
-def _initialize(state: nnx.State[Any, Any], root: jax.Array) -> Tree:
+def _initialize(state: nnx.State[Any, Any], root: jax.Array, shardings: Tree | None = None) -> Tree:
     """Fills a declared tree; the key of a tensor is the root folded with its path and layer."""
     filled: list[tuple[tuple[str, ...], jax.Array]] = []
     for path, variable in nnx.to_flat_state(state):
@@ -40,7 +46,10 @@ def _initialize(state: nnx.State[Any, Any], root: jax.Array) -> Tree:
         key = jax.random.fold_in(root, zlib.crc32(path_of_floats.encode()))
         like = cast(jax.ShapeDtypeStruct, variable.get_value())
         make = cast(Initializer, variable.get_metadata("initializer"))
-        filled.append((names, _make(make, bool(variable.get_metadata("stacked")), like, key)))
+        leaf = _make(make, bool(variable.get_metadata("stacked")), like, key)
+        if shardings is not None:
+            leaf = jax.block_until_ready(jax.device_put(leaf, reduce(getitem, names, shardings)))
+        filled.append((names, leaf))
     return nest(filled)
 
 

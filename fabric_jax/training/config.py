@@ -11,6 +11,7 @@ from fabric_jax.errors import FabricError
 from fabric_jax.layers.attention import AttentionChoice
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.decoder import Remat
+from fabric_jax.parallel.processes import DevicesConfig
 from fabric_jax.quantization.absmax import ActQuant
 from fabric_jax.quantization.ste_options import SteOptions
 
@@ -116,6 +117,9 @@ class RunConfig:
         remat: what the backward pass recomputes instead of keeping. int8-residuals keeps int8 codes
             of the outputs of linears: the same loss, gradients from rounded values.
         seed: of adapter, dropout and random base weights.
+        nonfinite: what a loss or gradient that is no number does: stop the run, or skip the update
+            of that step; after ten skips in a row the run stops too. Neither is ever saved.
+        devices: the mesh, and the processes of the run.
     """
 
     output: str
@@ -135,6 +139,8 @@ class RunConfig:
     act_quant: ActQuant | None = None
     remat: Remat = "linears"
     seed: int = 0
+    nonfinite: Literal["stop", "skip"] = "stop"
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
 
     def __post_init__(self) -> None:
         """Refuses numbers that can't be meant."""

@@ -11,6 +11,7 @@ from fabric_jax.checkpoints.peft import save_adapter
 from fabric_jax.errors import FabricError
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.initialize import Tree, initialize_adapter
+from fabric_jax.parallel.processes import join_processes
 from fabric_jax.training.command import command_line
 from fabric_jax.training.config import FinetuneConfig, PretrainConfig
 from fabric_jax.training.identity import weights_digest
@@ -37,6 +38,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Summa
         FabricError: something in the configuration, model, data or output folder is wrong.
         Interrupted: Ctrl-C or SIGTERM; the state was saved, the message says how to resume.
     """
+    join_processes(config.devices)
 
     def prepare() -> Job:
         form = weights_form(config.weights)
@@ -98,6 +100,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Summa
         FabricError: something in the configuration, data or output folder is wrong.
         Interrupted: Ctrl-C or SIGTERM; the state was saved.
     """
+    join_processes(config.devices)
     origin = find_origin(config)
     resolved = resolve(config, origin.model.parameters)
     return train(resolved, lambda: pretrain_job(resolved, origin), console=console)

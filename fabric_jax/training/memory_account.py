@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from fabric_kernels.ternary_matmul import Implementation, select_implementation
 from flax import nnx
+from jax.sharding import Mesh
 
 from fabric_jax.checkpoints.assemble import in_form
 from fabric_jax.checkpoints.loading import open_source, weights_form
@@ -32,8 +33,18 @@ from fabric_jax.measurement.step_scratch import StepScratch, predict_scratch
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, Remat, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_adapter, initialize_base
+from fabric_jax.models.on_mesh import abstract_base, base_shardings
 from fabric_jax.models.registry import REGISTRY
+from fabric_jax.parallel.mesh import MeshShape, make_mesh, parse_mesh
+from fabric_jax.parallel.placement import (
+    base_specs,
+    bytes_on_device,
+    place_rows,
+    spread_specs,
+    uncut_linears,
+)
 from fabric_jax.training.config import OptimizerConfig, check_fused
+from fabric_jax.training.on_mesh import abstract_rows, abstract_state, place_state
 from fabric_jax.training.optimizer import make_optimizer
 from fabric_jax.training.step import TrainState, init_state, make_train_step
 
@@ -64,7 +75,10 @@ class MemoryConfig:
         implementation: of products with packed weights; auto picks the fastest there is.
         fused_update: whether each layer's adapter is updated within the backward pass.
         max_length: positions in a row.
-        batch_size: rows in a micro-batch.
+        batch_size: rows in a micro-batch, on all devices together.
+        mesh: how many devices lie along data, fsdp and tensor, as in data=4,fsdp=2,tensor=2; the
+            figures are then those of each device. The devices need not be there to predict.
+        spread_adapter: whether adapter and moments are cut over the devices too.
         compile: whether to compile the step for this machine's device, which allocates nothing.
         steps: training steps to run on random rows for the device's own peak; 0 for none. On an
             accelerator the peak is that of the process: measure one job in each.
@@ -95,6 +109,8 @@ class MemoryConfig:
     fused_update: bool = False
     max_length: int = 128
     batch_size: int = 1
+    mesh: str = ""
+    spread_adapter: bool = False
     compile: bool = True
     steps: int = 0
     fits: float = 0.0
@@ -115,6 +131,12 @@ class MemoryConfig:
             raise FabricError("memory is asked of one --model, or of --fits GiB")
         if self.fused_update:
             check_fused(self.optimizer, self.remat)
+        self.mesh_shape.require_rows(self.batch_size)
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """The mesh; one device where none is named."""
+        return parse_mesh(self.mesh, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +174,8 @@ class MemoryAccount:
         scratch: analytic bytes of intermediate arrays.
         compiled: XLA's own plan; None where nothing was compiled.
         measured: None where nothing was run.
+        mesh: whose devices each need that much.
+        notes: what a reader should know of them.
     """
 
     model: str
@@ -160,6 +184,8 @@ class MemoryAccount:
     scratch: StepScratch
     compiled: CompiledMemory | None
     measured: MeasuredMemory | None
+    mesh: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def analytic(self) -> int:
@@ -190,19 +216,26 @@ def account(config: MemoryConfig) -> MemoryAccount:
     """
     definition = _define(config)
     baseline = _start_backend()
+    shape = config.mesh_shape
     arrays, scratch = predict(
         definition,
         config.optimizer,
         rows=config.batch_size,
         length=config.max_length,
         fused=config.fused_update,
+        mesh=shape,
+        spread=config.spread_adapter,
     )
+    notes = uncut_linears(nnx.to_pure_dict(definition.base), shape)
     compiled = measured = None
     if config.compile or config.steps:
-        step = _compile(definition, config)
-        compiled = compiled_memory(step)
-        if config.steps:
-            measured = _measure(definition, config, step, baseline)
+        if shape.devices > jax.device_count():
+            notes.append(f"not compiled: {jax.device_count()} of {shape.devices} devices are here")
+        else:
+            step = _compile(definition, config)
+            compiled = compiled_memory(step)
+            if config.steps:
+                measured = _measure(definition, config, step, baseline)
     return MemoryAccount(
         model=definition.config.name,
         platform=jax.default_backend(),
@@ -210,6 +243,8 @@ def account(config: MemoryConfig) -> MemoryAccount:
         scratch=scratch,
         compiled=compiled,
         measured=measured,
+        mesh=str(shape) if shape.devices > 1 else "",
+        notes=tuple(notes),
     )
 
 
@@ -231,11 +266,15 @@ def predict(
     rows: int,
     length: int,
     fused: bool,
+    mesh: MeshShape | None = None,
+    spread: bool = False,
 ) -> tuple[MemoryByCategory, StepScratch]:
     """The analytic column of a job on micro-batches of ``rows`` rows of ``length`` positions.
 
-    The optimizer's bytes are those of its own abstract state.
+    The optimizer's bytes are those of its own abstract state. With a mesh they are those of each
+    device; ``spread`` cuts adapter and moments too.
     """
+    mesh = mesh or MeshShape()
     declared = definition.adapter if definition.options.lora.rank else definition.base
     like: Tree = nnx.to_pure_dict(declared)
     freeze_a = definition.options.lora.freeze_a
@@ -243,10 +282,23 @@ def predict(
     moments = jax.eval_shape(made.init, like)
     arrays = predict_memory(definition.config, definition.options)
     gradients = arrays.gradients or 0
+    base: Tree = nnx.to_pure_dict(definition.base)
+    ternary = definition.options.mode != "float"
+    cut, whole = (
+        bytes_on_device(base, base_specs(base, shape, ternary=ternary), shape)
+        for shape in (mesh, MeshShape())
+    )
+    state_mesh = mesh if spread else MeshShape()
+    adapter, optimizer_bytes = (
+        bytes_on_device(tree, spread_specs(tree, state_mesh), state_mesh)
+        for tree in (nnx.to_pure_dict(definition.adapter), moments)
+    )
     arrays = replace(
         arrays,
+        weights=arrays.weights - (whole - cut),
+        adapters=adapter,
         gradients=gradients // definition.config.num_layers if fused else gradients,
-        optimizer=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(moments)),
+        optimizer=optimizer_bytes,
     )
     options = definition.options
     packed = options.mode == "packed"
@@ -256,6 +308,7 @@ def predict(
         rows=rows,
         length=length,
         kernels=packed and select_implementation(options.implementation) == "cpu",
+        mesh=mesh,
     )
     return arrays, scratch
 
@@ -309,10 +362,24 @@ def _compile(definition: DecoderDefinition, config: MemoryConfig) -> jax.stages.
     key = jax.eval_shape(lambda: jax.random.key(0))
     shape = (1, config.batch_size, config.max_length)
     batch = jax.eval_shape(lambda: _batch(shape, definition.config.vocab_size))
-    step = make_train_step(definition, optimizer, fused=config.fused_update)
+    mesh = _mesh(config)
+    if mesh is not None:
+        spread = config.spread_adapter
+        state = abstract_state(state, definition, mesh, "adapter", spread=spread)
+        frozen = abstract_base(definition, mesh)
+        batch = abstract_rows(cast(Batch, batch), mesh)
+    step = make_train_step(
+        definition, optimizer, fused=config.fused_update, mesh=mesh, spread=config.spread_adapter
+    )
     return step.lower(
         cast(TrainState, state), frozen, cast(Batch, batch), cast(jax.Array, key)
     ).compile()
+
+
+def _mesh(config: MemoryConfig) -> Mesh | None:
+    """The devices of the mesh; None for one device."""
+    shape = config.mesh_shape
+    return make_mesh(shape) if shape.devices > 1 else None
 
 
 def _measure(
@@ -322,10 +389,16 @@ def _measure(
     baseline: tuple[int, int | None],
 ) -> MeasuredMemory:
     """Makes random weights and runs the compiled step."""
-    frozen = initialize_base(definition, 0)
+    mesh = _mesh(config)
+    where = None if mesh is None else base_shardings(definition, mesh)
+    frozen = initialize_base(definition, 0, shardings=where)
     optimizer = _optimizer(config)
     state = init_state(initialize_adapter(definition, 0), optimizer)
     batch = _batch((1, config.batch_size, config.max_length), definition.config.vocab_size)
+    if mesh is not None:
+        spread = config.spread_adapter
+        state = place_state(state, definition, mesh, "adapter", spread=spread)
+        batch = place_rows(batch, config.batch_size, mesh)
     jax.block_until_ready((frozen, state))
     # The programs that made the weights are done with, and so is their scratch.
     jax.clear_caches()

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from fabric_jax.checkpoints.train_state import TrainCheckpoints
+from fabric_jax.checkpoints.train_state import Restored, TrainCheckpoints
 from fabric_jax.data.batch import Batch
 from fabric_jax.data.load import Data
 from fabric_jax.errors import FabricError
@@ -22,9 +23,12 @@ from fabric_jax.measurement.categories import CompiledMemory, compiled_memory
 from fabric_jax.measurement.memory import peak_memory_bytes, release_free_memory
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
+from fabric_jax.parallel.placement import place_rows
+from fabric_jax.parallel.processes import from_first, is_first, json_from_first, largest, on_host
 from fabric_jax.training.config import RunConfig
 from fabric_jax.training.interrupt import Interrupted, Interrupts
 from fabric_jax.training.metrics import MetricsLog, StepRecord
+from fabric_jax.training.on_mesh import abstract_rows, place_state
 from fabric_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from fabric_jax.training.partition import freezes_a
 from fabric_jax.training.progress import RunProgress
@@ -38,6 +42,8 @@ from fabric_jax.training.step import (
 )
 from fabric_jax.training.totals import Totals
 
+MOST_SKIPPED = 10
+"""Steps in a row whose update was left out that end a run."""
 DROPOUT_STREAM = 2
 """Folded into the key of the seed; base weights and adapter use other numbers."""
 
@@ -59,6 +65,7 @@ class Job:
         resume_with: what the user is told to run after an interrupt.
         notes: what else is said before the first step.
         fused: whether each layer is updated within the backward pass.
+        mesh: the devices, along which the base is cut; None for one device.
         step: how the loss of a step is computed.
         settings: what a step depends on that is in no other attribute; for resuming.
         sample: texts that the model writes, given the step and the trained tree; called after
@@ -77,6 +84,7 @@ class Job:
     resume_with: str
     notes: tuple[str, ...] = ()
     fused: bool = False
+    mesh: Mesh | None = None
     step: StepOptions = field(default_factory=StepOptions)
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     sample: Callable[[int, Tree], list[str]] | None = None
@@ -114,11 +122,15 @@ class Session:
         config: of the run.
         job: what to train.
         total_steps: optimizer steps of the whole run.
-        checkpoints: of the output folder.
+        checkpoints: of the output folder; None in a process that doesn't write.
     """
 
     def __init__(
-        self, config: RunConfig, job: Job, total_steps: int, checkpoints: TrainCheckpoints
+        self,
+        config: RunConfig,
+        job: Job,
+        total_steps: int,
+        checkpoints: TrainCheckpoints | None,
     ) -> None:
         """Takes up the newest checkpoint, or starts anew."""
         self.config = config
@@ -133,14 +145,16 @@ class Session:
         schedule = learning_rate_schedule(config.optimizer, total_steps)
         self._rates = np.asarray(schedule(jnp.arange(total_steps)), np.float64)
         self._rates = np.broadcast_to(self._rates, total_steps)
-        self._eval_step = make_eval_step(job.definition)
+        self._eval_step = make_eval_step(job.definition, job.mesh)
         self._durations: list[float] = []
+        self._stop: int | None = None
+        self._skipped = 0
         self.state, self.totals = self._start()
         self.step = self._saved_step = int(self.state.step)
         # On CPU the scratch of a waiting step is allocated at once: two steps would hold it twice.
         self._dispatches_ahead = jax.default_backend() != "cpu"
 
-    def run(self, log: MetricsLog, progress: RunProgress) -> None:
+    def run(self, log: MetricsLog | None, progress: RunProgress) -> None:
         """Runs the remaining steps, with their evaluations and checkpoints.
 
         Raises:
@@ -169,14 +183,41 @@ class Session:
         definition = self.job.definition
         declared = definition.adapter if self.job.trains == "adapter" else definition.base
         like: Tree = nnx.to_pure_dict(declared)
-        restored = self.checkpoints.restore(like, jax.eval_shape(self.optimizer.init, like))
+        moments = jax.eval_shape(self.optimizer.init, like)
+        restored = self._restore(like, moments)
         if restored is None:
-            return init_state(self.job.fresh(), self.optimizer), Totals()
+            return self._placed(init_state(self.job.fresh(), self.optimizer)), Totals()
         self.job.data.train.set_state(restored.data_state)
         state = TrainState(
             params=restored.params, moments=restored.moments, step=jnp.int32(restored.step)
         )
-        return state, Totals.from_json(restored.meta["totals"])
+        return self._placed(state), Totals.from_json(restored.meta["totals"])
+
+    def _restore(self, like: Tree, moments: Any) -> Restored | None:
+        """What the first process reads, on all of them."""
+        found = None if self.checkpoints is None else self.checkpoints.restore(like, moments)
+        if jax.process_count() == 1:
+            return found
+        facts = json_from_first(
+            found and {"step": found.step, "data": found.data_state, "meta": found.meta}
+        )
+        if facts is None:
+            return None
+        own = None if found is None else (found.params, found.moments)
+        params, moments = from_first(own, (like, moments))
+        return Restored(
+            step=facts["step"],
+            params=params,
+            moments=moments,
+            data_state=facts["data"],
+            meta=facts["meta"],
+        )
+
+    def _placed(self, state: TrainState) -> TrainState:
+        job, spread = self.job, self.config.devices.spread_adapter
+        if job.mesh is None:
+            return state
+        return place_state(state, job.definition, job.mesh, job.trains, spread=spread)
 
     def _compile(self) -> jax.stages.Compiled:
         """The step's program, made before the clock starts."""
@@ -191,11 +232,15 @@ class Session:
             self.optimizer,
             trains=self.job.trains,
             fused=self.job.fused,
+            mesh=self.job.mesh,
+            spread=self.config.devices.spread_adapter,
+            skip_nonfinite=self.config.nonfinite == "skip",
             options=self.job.step,
         )
-        compiled = step.lower(
-            self.state, self.job.frozen, _abstract_batch(shape), self._root
-        ).compile()
+        batch = _abstract_batch(shape)
+        if self.job.mesh is not None:
+            batch = abstract_rows(batch, self.job.mesh)
+        compiled = step.lower(self.state, self.job.frozen, batch, self._root).compile()
         self.compile_seconds = time.perf_counter() - start
         self.compiled = compiled_memory(compiled)
         release_free_memory()
@@ -204,7 +249,7 @@ class Session:
     def _steps(self, compiled: jax.stages.Compiled) -> None:
         pending: _Pending | None = None
         while self.step < self.total_steps:
-            batch = next(self.job.data.train)
+            batch = self._next_batch()
             if pending is not None and not self._dispatches_ahead:
                 self._settle(pending)
                 pending = None
@@ -216,10 +261,18 @@ class Session:
             pending = _Pending(
                 step=self.step, epoch=self.epoch, evaluated=evaluated, metrics=metrics
             )
-            if evaluated or self._save_due() or self._interrupts.received:
+            self._agree()
+            if evaluated or self._save_due() or self._stop:
                 self._settle(pending)
                 pending = None
                 self._milestone()
+
+    def _next_batch(self) -> Batch:
+        """This process's rows, on its devices where there is a mesh."""
+        batch = next(self.job.data.train)
+        if self.job.mesh is None:
+            return batch
+        return place_rows(batch, self.config.dataset.batch_size, self.job.mesh)
 
     def _settle(self, pending: _Pending) -> None:
         """Reads a step's results and counts them; this waits for the step."""
@@ -228,11 +281,9 @@ class Session:
         seconds, self._ready = now - self._ready, now
         loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FabricError(
-                f"training diverged in step {pending.step}: loss {loss}, gradient norm {grad_norm}",
-                fix="Lower the learning rate or lengthen the warm-up; the state was not saved, "
-                "earlier checkpoints are intact",
-            )
+            self._skip(pending.step, loss, grad_norm)
+            return
+        self._skipped = 0
         if pending.step > self._first_step:
             self._durations.append(seconds)
         dataset = self.config.dataset
@@ -248,6 +299,18 @@ class Session:
         if self._log_due(pending.step) and not pending.evaluated:
             self._record(pending.step, pending.epoch, None)
 
+    def _skip(self, step: int, loss: float, grad_norm: float) -> None:
+        """Notes that a step's update was left out, or ends the run."""
+        self._skipped += 1
+        if self.config.nonfinite == "skip" and self._skipped < MOST_SKIPPED:
+            self._progress.note(f"step {step}: loss {loss}, gradient norm {grad_norm}; not applied")
+            return
+        raise FabricError(
+            f"training diverged in step {step}: loss {loss}, gradient norm {grad_norm}",
+            fix="Lower the learning rate or lengthen the warm-up; the state was not saved, "
+            "earlier checkpoints are intact",
+        )
+
     def _milestone(self) -> None:
         """Evaluates, records and saves where that is due after the present step.
 
@@ -255,10 +318,11 @@ class Session:
         """
         if self._evaluation_due() and self.totals.evaluated_step < self.step:
             self._evaluate()
-        if self._interrupts.received or self._save_due():
+        self._agree()
+        if self._stop or self._save_due():
             self._save()
-        if self._interrupts.received:
-            self._leave(self._interrupts.received)
+        if self._stop:
+            self._leave(self._stop)
         self._ready = time.perf_counter()
 
     def _evaluate(self) -> None:
@@ -283,16 +347,33 @@ class Session:
         improved = self.totals.add_evaluation(self.step, loss)
         self.totals.eval_bits_per_byte_last = bits = self._bits_per_byte(measured)
         if self.step == 0:
-            self._log.write_first_evaluation(loss)
+            if self._log is not None:
+                self._log.write_first_evaluation(loss)
             self._progress.note(f"before training: eval loss {loss:.4f}")
         elif self.totals.logged_step < self.step:
             self._record(self.step, self.epoch, loss, bits)
-        if self.job.sample is not None and self.step:
+        if self.step:
+            self._sample()
+        if improved and self.job.keep_best:
+            self.export(f"{self.job.kind}_best")
+        self._saved_step = -1
+
+    def export(self, name: str) -> None:
+        """Writes the trained tree into a folder of the output; all processes take part."""
+        params = on_host(self.state.params)
+        if is_first():
+            self.job.export(self.output / name, params)
+
+    def _sample(self) -> None:
+        """Notes texts that the model writes; all processes take part."""
+        if self.job.sample is None:
+            return
+        params = self.state.params
+        if self.job.mesh is not None:
+            params = jax.device_get(on_host(params))
+        if is_first():
             for text in self.job.sample(self.step, params):
                 self._progress.note(f"sample: {text}")
-        if improved and self.job.keep_best:
-            self.job.export(self.output / f"{self.job.kind}_best", params)
-        self._saved_step = -1
 
     def _bits_per_byte(self, measured: Perplexity) -> float | None:
         """Bits that a byte of the evaluation text takes; None where its bytes aren't known."""
@@ -318,7 +399,8 @@ class Session:
             eval_loss=eval_loss,
             eval_bits_per_byte=bits,
         )
-        self._log.write(record)
+        if self._log is not None:
+            self._log.write(record)
         self._progress.show(record, window.seconds / max(window.steps, 1))
         self.totals.close_window(step)
 
@@ -329,20 +411,24 @@ class Session:
         if self._durations:
             self.totals.seconds_per_step = statistics.median(self._durations)
         self.totals.elapsed = self._elapsed()
-        self._log.sync()
+        if self._log is not None:
+            self._log.sync()
         evaluated = self.totals.evaluated_step == self.step
-        self.checkpoints.save(
-            self.step,
-            self.state.params,
-            self.state.moments,
-            data_state=self.job.data.train.get_state(),
-            meta={"totals": self.totals.to_json()},
-            metric=self.totals.eval_loss_last if evaluated else None,
-        )
+        params, moments = on_host((self.state.params, self.state.moments))
+        if self.checkpoints is not None:
+            self.checkpoints.save(
+                self.step,
+                params,
+                moments,
+                data_state=self.job.data.train.get_state(),
+                meta={"totals": self.totals.to_json()},
+                metric=self.totals.eval_loss_last if evaluated else None,
+            )
         self._saved_step = self.step
 
     def _leave(self, number: int) -> None:
-        self.checkpoints.wait()
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         saved = "before the first step, nothing to save" if self.step == 0 else "saved"
         raise Interrupted(
             f"stopped after step {self.step} of {self.total_steps}, {saved}. "
@@ -350,12 +436,17 @@ class Session:
             number,
         )
 
+    def _agree(self) -> None:
+        """Whether a signal came to any process, so that all stop after the same step."""
+        self._stop = largest(self._interrupts.received or 0) or None
+
     def _notify(self, number: int) -> None:
         self._progress.note("finishing the step and saving; once more to stop at once")
 
     def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            if self._interrupts.received:
+            # Processes that stop, stop after the same step.
+            if self._interrupts.received and jax.process_count() == 1:
                 raise _Stopped
             yield batch
 

@@ -3,24 +3,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32
 
 from fabric_jax.data.batch import Batch
+from fabric_jax.errors import FabricError
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
+from fabric_jax.parallel.placement import shape_of
 from fabric_jax.training.fused_step import fused_update
+from fabric_jax.training.on_mesh import GradientSum, constrain_state, over_devices
+from fabric_jax.training.on_mesh import Trains as Trains
 from fabric_jax.training.optimizer import to_float32
 from fabric_jax.training.partition import freezes_a, join, split
 from fabric_jax.training.rounding import apply_updates
-
-Trains = Literal["adapter", "base"]
-"""Which tree is optimised: LoRA fine-tuning or training from scratch. The other one is frozen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,9 @@ def make_train_step(
     trains: Trains = "adapter",
     fused: bool = False,
     options: StepOptions | None = None,
+    mesh: Mesh | None = None,
+    spread: bool = False,
+    skip_nonfinite: bool = False,
 ) -> TrainStep:
     """The compiled step ``(state, frozen, batch, root_key) -> (state, metrics)``.
 
@@ -118,14 +123,25 @@ def make_train_step(
 
     ``fused`` updates each layer's adapter within the backward pass (``fused_step.py``): one
     micro-batch, no clipping by the global norm, and the pass recomputes all but layers' inputs.
-    ``options`` are for the other form.
+
+    With a ``mesh`` of several devices losses and gradients are computed within one ``shard_map``,
+    where each device has its rows and its parts of the base, and summed over the devices once a
+    step; arguments lie where ``training.on_mesh`` puts them. The update is XLA's to partition, and
+    ``spread`` cuts an adapter and its moments along the devices that have other rows.
+
+    With ``skip_nonfinite`` a step whose loss or gradient is not finite leaves parameters and
+    moments as they were; the step counts all the same.
+
+    Neither these nor ``options`` are for a fused update.
+
+    Raises:
+        FabricError: a fused update on a mesh.
     """
     if fused:
-        return _fused_step(definition, optimizer)
+        return _fused_step(definition, optimizer, mesh)
 
     freeze_a, options = freezes_a(definition, trains), options or StepOptions()
-
-    gradient = _gradient_of(definition, trains, options)
+    summed = _gradient_sum(definition, trains, options, mesh)
 
     @partial(jax.jit, donate_argnums=(0,))
     def step(
@@ -134,9 +150,7 @@ def make_train_step(
         key = jax.random.fold_in(root_key, state.step)
         trained, kept = split(state.params, freeze_a=freeze_a)
         strength = options.strength(state.step)
-        total, grads = _sum_micro_batches(
-            lambda micro, k: gradient((trained, kept), frozen, micro, k, strength), batch, key
-        )
+        total, grads = summed((trained, kept), frozen, batch, key, strength)
         tokens = jnp.sum(batch.loss_mask)
         share = 1.0 / jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g * share, grads)
@@ -148,9 +162,46 @@ def make_train_step(
             real_tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
             grad_norm=optax.tree.norm(grads),
         )
-        return TrainState(params=params, moments=moments, step=state.step + 1), metrics
+        if skip_nonfinite:
+            params, moments = _if_finite(metrics, (params, moments), state)
+        done = TrainState(params=params, moments=moments, step=state.step + 1)
+        if mesh is not None:
+            done = constrain_state(done, definition, mesh, trains, spread=spread)
+        return done, metrics
 
     return step
+
+
+def _if_finite(metrics: StepMetrics, new: tuple[Tree, Any], state: TrainState) -> tuple[Tree, Any]:
+    """Parameters and moments after a step, or those before it."""
+    fine = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+    old = (state.params, state.moments)
+    return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
+
+
+def _gradient_sum(
+    definition: DecoderDefinition, trains: Trains, options: StepOptions, mesh: Mesh | None
+) -> GradientSum:
+    """The sums of losses and gradients of all micro-batches, over all devices of a mesh."""
+    if mesh is not None:
+        definition = definition.on_mesh(shape_of(mesh))
+
+    gradient = _gradient_of(definition, trains, options)
+
+    def summed(
+        parts: tuple[Tree, Tree],
+        frozen: Tree,
+        batch: Batch,
+        key: jax.Array,
+        strength: jax.Array | None,
+    ) -> tuple[jax.Array, Tree]:
+        return _sum_micro_batches(
+            lambda micro, k: gradient(parts, frozen, micro, k, strength), batch, key
+        )
+
+    if mesh is None or mesh.size == 1:
+        return summed
+    return over_devices(summed, definition, mesh, trains)
 
 
 _Gradient = Callable[
@@ -195,8 +246,15 @@ def _gradient_of(definition: DecoderDefinition, trains: Trains, options: StepOpt
 
 
 def _fused_step(
-    definition: DecoderDefinition, optimizer: optax.GradientTransformation
+    definition: DecoderDefinition, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> TrainStep:
+    if mesh is not None and mesh.size > 1:
+        raise FabricError(
+            "a fused update runs on one device",
+            found=f"a mesh of {mesh.size}",
+            fix="Leave out --fused-update, or --mesh",
+        )
+
     @partial(jax.jit, donate_argnums=(0,))
     def step(
         state: TrainState, frozen: Tree, batch: Batch, root_key: jax.Array

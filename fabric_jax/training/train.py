@@ -1,7 +1,9 @@
 """The training loop around a job: output folder, checkpoints, metrics, summary."""
 
+import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -14,11 +16,24 @@ from fabric_jax.data.batch import BatchSource
 from fabric_jax.errors import FabricError
 from fabric_jax.files import write_json
 from fabric_jax.models.decoder import DecoderDefinition
+from fabric_jax.models.on_mesh import place_base
+from fabric_jax.parallel.mesh import MeshShape, make_mesh
+from fabric_jax.parallel.placement import own_rows, shape_of, uncut_linears
+from fabric_jax.parallel.processes import (
+    FAILED_CODE,
+    LOST_CODE,
+    WRONG_CODE,
+    chosen_mesh,
+    is_first,
+    leave,
+    tells_of_lost_peer,
+)
 from fabric_jax.training.config import RunConfig
 from fabric_jax.training.identity import run_identity
 from fabric_jax.training.lock import locked_folder
 from fabric_jax.training.memory_account import analytic_bytes, predict
 from fabric_jax.training.metrics import MetricsLog
+from fabric_jax.training.out_of_memory import is_out_of_memory, out_of_memory
 from fabric_jax.training.partition import freezes_a, trained_leaves
 from fabric_jax.training.progress import RunProgress
 from fabric_jax.training.session import Job, Session
@@ -47,40 +62,106 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the state was saved.
     """
     console = console or Console(stderr=True)
-    output = Path(config.output)
-    with locked_folder(output):
-        if config.resume == "never":
-            _refuse_overwriting(output)
-        job = prepare()
-        total = total_steps(config, job.data.train)
-        _describe(console, config, job, total)
-        identity = run_identity(
-            config,
-            job.definition,
-            job.data,
-            trains=job.trains,
-            weights=job.weights,
-            total_steps=total,
-            settings=job.settings,
+    if jax.process_count() == 1:
+        return _train(config, prepare, console)
+    try:
+        return _train(config, prepare, console if is_first() else Console(quiet=True))
+    except FabricError as error:
+        leave(str(error), WRONG_CODE)
+    except Exception as error:
+        if not tells_of_lost_peer(error):
+            traceback.print_exc()
+            leave(f"process {jax.process_index()} failed: {type(error).__name__}", FAILED_CODE)
+        leave(
+            f"process {jax.process_index()} lost the others: {str(error).splitlines()[0][:200]}. "
+            "A process of the run died or can't be reached; what it printed last says why. "
+            f"Start all of them again with --resume auto to continue {config.output}.",
+            LOST_CODE,
         )
 
-        def report(text: str) -> None:
-            console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
 
-        with TrainCheckpoints(
-            output / CHECKPOINTS, keep_last=config.keep_last, identity=identity, report=report
-        ) as checkpoints:
-            session = Session(config, job, total, checkpoints)
-            write_json(output / CONFIG, asdict(config))
-            if session.step:
-                console.print(f"resuming after step {session.step} of {total}", highlight=False)
-            elif config.resume == "auto":
-                console.print("no checkpoint to resume: starting anew", highlight=False)
-            _run(session, console)
-        job.export(output / job.kind, session.state.params)
+def _train(config: RunConfig, prepare: Callable[[], Job], console: Console) -> Summary:
+    """:func:`train` in one process, or in one of several."""
+    output = Path(config.output)
+    with locked_folder(output) if is_first() else nullcontext():
+        if config.resume == "never" and is_first():
+            _refuse_overwriting(output)
+        shape = chosen_mesh(config.devices, config.dataset.batch_size)
+        with _assembling(shape):
+            job = _on_devices(prepare(), shape)
+        total = total_steps(config, job.data.train)
+        _describe(console, config, job, total)
+        try:
+            with _checkpoints(config, job, total, console) as checkpoints:
+                with _assembling(shape):
+                    session = Session(config, job, total, checkpoints)
+                _say_where(console, config, session)
+                _run(session, console)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(config, job.definition, shape, fused=job.fused) from error
+        session.export(job.kind)
         summary = _summarise(session)
-        write_json(output / SUMMARY, summary.to_json())
+        if is_first():
+            write_json(output / SUMMARY, summary.to_json())
     return summary
+
+
+def _checkpoints(
+    config: RunConfig, job: Job, total: int, console: Console
+) -> AbstractContextManager[TrainCheckpoints | None]:
+    """The checkpoints of the run; None in processes that don't write."""
+    if not is_first():
+        return nullcontext()
+
+    def report(text: str) -> None:
+        console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    identity = run_identity(
+        config,
+        job.definition,
+        job.data,
+        trains=job.trains,
+        weights=job.weights,
+        total_steps=total,
+        settings=job.settings,
+    )
+    folder = Path(config.output) / CHECKPOINTS
+    return TrainCheckpoints(folder, keep_last=config.keep_last, identity=identity, report=report)
+
+
+def _assembling(shape: MeshShape) -> AbstractContextManager[None]:
+    """Where weights are put together: in the host's memory if they are cut along a mesh after."""
+    if shape.devices == 1:
+        return nullcontext()
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def _on_devices(job: Job, shape: MeshShape) -> Job:
+    """The job with its base cut along the mesh, and this process's rows of the data."""
+    if shape.devices == 1:
+        return job
+    mesh = make_mesh(shape)
+    train, evaluation = job.data.train, job.data.evaluation
+    for stream in (train, *([] if evaluation is None else [evaluation])):
+        stream.take_share(*own_rows(stream.rows_in_micro_batch, mesh))
+    frozen = job.frozen
+    if job.trains == "adapter":
+        frozen = place_base(frozen, job.definition, mesh)
+    return replace(job, frozen=frozen, mesh=mesh)
+
+
+def _say_where(console: Console, config: RunConfig, session: Session) -> None:
+    """Writes the configuration; says where the run begins."""
+    if is_first():
+        write_json(session.output / CONFIG, asdict(config))
+    if session.step:
+        console.print(
+            f"resuming after step {session.step} of {session.total_steps}", highlight=False
+        )
+    elif config.resume == "auto":
+        console.print("no checkpoint to resume: starting anew", highlight=False)
 
 
 def total_steps(config: RunConfig, stream: BatchSource) -> int:
@@ -101,17 +182,21 @@ def parameter_count(tree: object) -> int:
 
 def _run(session: Session, console: Console) -> None:
     """Runs a session with its metrics and progress open."""
-    log = MetricsLog(
-        session.output,
-        last_step=session.totals.logged_step,
-        tensorboard=session.config.tensorboard,
-    )
+    log = None
+    if is_first():
+        log = MetricsLog(
+            session.output,
+            last_step=session.totals.logged_step,
+            tensorboard=session.config.tensorboard,
+        )
     try:
         with RunProgress(console, total_steps=session.total_steps, done=session.step) as progress:
             session.run(log, progress)
-        session.checkpoints.wait()
+        if session.checkpoints is not None:
+            session.checkpoints.wait()
     finally:
-        log.close()
+        if log is not None:
+            log.close()
 
 
 def _refuse_overwriting(output: Path) -> None:
@@ -137,7 +222,14 @@ def _describe(console: Console, config: RunConfig, job: Job, total: int) -> None
     if data.evaluation_summary is not None:
         lines.append(f"evaluation {data.evaluation_summary}")
     needed = predicted_bytes(config, job) / 2**20
-    lines.append(f"memory {needed:,.0f} MiB by dimensions; `fabric-jax memory` itemises it")
+    each = "" if job.mesh is None else " on each device"
+    lines.append(f"memory {needed:,.0f} MiB{each} by dimensions; `fabric-jax memory` itemises it")
+    if job.mesh is not None:
+        shape = shape_of(job.mesh)
+        lines.append(
+            f"mesh {shape} of {jax.device_count()} devices, {jax.process_count()} processes"
+        )
+        lines += uncut_linears(nnx.to_pure_dict(definition.base), shape)
     lines += [*job.notes, f"{total:,} optimizer steps"]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -152,6 +244,8 @@ def predicted_bytes(config: RunConfig, job: Job) -> int:
         rows=dataset.batch_size,
         length=dataset.max_length,
         fused=job.fused,
+        mesh=None if job.mesh is None else shape_of(job.mesh),
+        spread=config.devices.spread_adapter,
     )
     return analytic_bytes(arrays, scratch)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -169,3 +170,20 @@ def test_a_vocabulary_is_learnt_once_and_the_corpus_made_once(tmp_path: Path) ->
     assert streamed.evaluation_bytes == made.held_out.text_bytes  # pyright: ignore
     assert streamed.summary.tokens == made.train.tokens
     assert json.loads(train_bpe(TEXTS, largest=280))["model"]["vocab"]["<bos>"] == 1
+
+
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_shares_of_processes_are_the_rows_of_the_whole(
+    corpus: Corpus, accumulation: int | None
+) -> None:
+    settings: dict[str, Any] = {"rows": 4, "accumulation": accumulation}
+    whole, parts = stream(corpus, **settings), []
+    for first in (0, 2):
+        part = stream(corpus, **settings)
+        part.take_share(first, first + 2)
+        parts.append(part)
+    for _ in range(whole.batches_in_epoch(0) + 1):
+        expected = next(whole)
+        found = jax.tree.map(lambda *a: np.concatenate(a, axis=-2), *map(next, parts))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert parts[0].get_state() == whole.get_state()

@@ -3,6 +3,9 @@
 from fabric_kernels.ternary_matmul.api import NARROW_PRODUCT as NARROW_PRODUCT
 from fabric_kernels.ternary_matmul.api import GradientBits as GradientBits
 from fabric_kernels.ternary_matmul.api import ternary_linear as ternary_linear
+from fabric_kernels.ternary_matmul.api import (
+    ternary_linear_transposed as ternary_linear_transposed,
+)
 from fabric_kernels.ternary_matmul.api import ternary_matmul as ternary_matmul
 from fabric_kernels.ternary_matmul.api import (
     ternary_matmul_transposed as ternary_matmul_transposed,
@@ -13,3 +16,4 @@ from fabric_kernels.ternary_matmul.select import SideImplementation as SideImple
 from fabric_kernels.ternary_matmul.select import select_implementation as select_implementation
 from fabric_kernels.ternary_matmul.select import side_implementation as side_implementation
 from fabric_kernels.ternary_matmul.weight import TernaryWeight as TernaryWeight
+from fabric_kernels.ternary_matmul.weight import no_gradient as no_gradient

@@ -182,6 +182,36 @@ def _linear_of(
     )
 
 
+def ternary_linear_transposed(
+    gradients: Sequence[jax.Array],
+    weights: Sequence[TernaryWeight],
+    *,
+    implementation: Implementation | None = None,
+    gradient_bits: GradientBits = 16,
+) -> jax.Array:
+    """``sum_i scale_i · (g_i[..., N_i] · codes_i)``: the gradient of :func:`ternary_linear` by x.
+
+    For callers that have a gradient rule of their own around it; adapters are not part of it.
+
+    Args:
+        gradients: by each output, floats of one dtype.
+        weights: as in :func:`ternary_linear`.
+        implementation: which one to run; ``None`` picks.
+        gradient_bits: see :func:`ternary_linear`.
+
+    Returns:
+        [..., K] in the dtype of the gradients.
+    """
+    chosen = select_implementation(implementation)
+    chosen = _resolved(chosen, "linear_transposed", gradients[0], weights[0])
+    if chosen != "cpu":
+        return products(chosen).linear_transposed(gradients, weights)
+    empty = jnp.zeros((*gradients[0].shape[:-1], 0), gradients[0].dtype)
+    without = (None,) * len(weights)
+    narrow = [empty.astype(jnp.float32)] * len(weights)
+    return cpu.linear_transposed(empty, gradients, weights, without, narrow, bits=gradient_bits)[0]
+
+
 def _check_kept(x: jax.Array, kept: jax.Array | None) -> None:
     if kept is None:
         return

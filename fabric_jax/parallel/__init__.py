@@ -1,0 +1,1 @@
+"""Several devices: meshes, how arrays are cut along them, products with what is cut."""
