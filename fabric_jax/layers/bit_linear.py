@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -193,7 +193,7 @@ class BitLinear(nnx.Module):
             if strength is None and replace(options.ste, product="float") == SteOptions():
                 values = fake_quantize_activation(x, options.act_quant)
                 return linear(values, quantize_parts(self.cut, weight))
-            weight = gather_parts(self.cut, weight)
+            weight = cast(jax.Array, gather_parts(self.cut, weight))
         return master_linear(
             x,
             weight,

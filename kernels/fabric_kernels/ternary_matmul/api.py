@@ -209,7 +209,9 @@ def ternary_linear_transposed(
     empty = jnp.zeros((*gradients[0].shape[:-1], 0), gradients[0].dtype)
     without = (None,) * len(weights)
     narrow = [empty.astype(jnp.float32)] * len(weights)
-    return cpu.linear_transposed(empty, gradients, weights, without, narrow, bits=gradient_bits)[0]
+    return cpu.transposed_with_adapters(
+        empty, gradients, weights, without, narrow, bits=gradient_bits
+    )[0]
 
 
 def _check_kept(x: jax.Array, kept: jax.Array | None) -> None:
