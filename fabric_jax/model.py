@@ -15,7 +15,8 @@ from jaxtyping import Array, Float32, Int
 from numpy.typing import ArrayLike
 
 from fabric_jax.checkpoints.adapters import load_adapter, read_lora_config
-from fabric_jax.checkpoints.loading import LoadedBase, Weights, load_base, weights_form
+from fabric_jax.checkpoints.loading import LoadedBase, load_base, weights_form
+from fabric_jax.choices import Weights
 from fabric_jax.data.tokenizer import Tokenizer, load_tokenizer
 from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.generation.adapters import Member, stack_adapters

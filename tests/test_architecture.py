@@ -21,6 +21,7 @@ PACKAGE = [path for path in SOURCES if path.relative_to(ROOT).parts[0] != "tests
 RANKS = {
     "fabric_kernels": 0,
     "fabric_jax.errors": 0,
+    "fabric_jax.choices": 0,
     "fabric_jax.files": 1,
     "fabric_jax.gguf_container": 1,
     "fabric_jax.quantization": 1,
@@ -209,3 +210,15 @@ def test_no_unfinished_business() -> None:
         if marks.search(line)
     ]
     assert not wrong
+
+
+def test_choices_are_those_of_the_kernels() -> None:
+    from typing import get_args
+
+    from fabric_kernels.ternary_matmul import Implementation
+
+    from fabric_jax.choices import ActQuantChoice, ImplementationChoice
+    from fabric_jax.quantization.absmax import ActQuant
+
+    assert get_args(ImplementationChoice) == ("auto", *get_args(Implementation))
+    assert get_args(ActQuantChoice) == ("auto", *get_args(ActQuant))

@@ -13,6 +13,7 @@ from fabric_jax.checkpoints.hub import fetch_model, is_hub_id
 from fabric_jax.checkpoints.huggingface.read import open_huggingface
 from fabric_jax.checkpoints.native import is_model_folder, open_native
 from fabric_jax.checkpoints.source import ModelSource
+from fabric_jax.choices import Weights
 from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.layers.bit_linear import BaseMode, FloatFormat
 from fabric_jax.layers.lora import LoraConfig
@@ -20,21 +21,6 @@ from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, Remat, 
 from fabric_jax.models.initialize import Tree, initialize_base
 from fabric_jax.models.registry import REGISTRY
 from fabric_jax.quantization.absmax import ActQuant
-
-Weights = Literal[
-    "packed",
-    "ternary2",
-    "ternary1.6",
-    "master",
-    "float",
-    "float32",
-    "bfloat16",
-    "float16",
-    "int8",
-    "int4",
-]
-"""A user's word for the form of the linears' weights; ``packed`` is ``ternary2``, and ``float`` is
-plain linears in the dtype of the activations."""
 
 RUN_MODEL = "model"
 """Folder of the weights in the output of a run that trained all of them."""

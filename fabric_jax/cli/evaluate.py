@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from fabric_jax.choices import ActQuantChoice, ImplementationChoice, TableDtype, WeightsChoice
 from fabric_jax.data.config import DataConfig, LongRows, TrainOn
 from fabric_jax.errors import FabricError
 
@@ -65,22 +66,10 @@ class EvaluateConfig:
     train_on: TrainOn = "auto"
     by: Literal["generation", "likelihood", "likelihood_per_token", "none"] = "generation"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    weights: Literal[
-        "auto",
-        "packed",
-        "ternary2",
-        "ternary1.6",
-        "master",
-        "float",
-        "float32",
-        "bfloat16",
-        "float16",
-        "int8",
-        "int4",
-    ] = "auto"
-    act_quant: Literal["auto", "per_token", "block256", "none"] = "auto"
-    embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
-    implementation: Literal["auto", "xla", "cpu", "triton", "mosaic_gpu", "mosaic_tpu"] = "auto"
+    weights: WeightsChoice = "auto"
+    act_quant: ActQuantChoice = "auto"
+    embedding_dtype: TableDtype = "same"
+    implementation: ImplementationChoice = "auto"
     against: tuple[str, ...] = ()
     seed: int = 0
     json: str = ""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from fabric_jax.choices import ActQuantChoice, ImplementationChoice, TableDtype, WeightsChoice
 from fabric_jax.errors import FabricError
 
 if TYPE_CHECKING:
@@ -78,22 +79,10 @@ class GenerateConfig:
     context: int = 2048
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
-    weights: Literal[
-        "auto",
-        "packed",
-        "ternary2",
-        "ternary1.6",
-        "master",
-        "float",
-        "float32",
-        "bfloat16",
-        "float16",
-        "int8",
-        "int4",
-    ] = "auto"
-    act_quant: Literal["auto", "per_token", "block256", "none"] = "auto"
-    implementation: Literal["auto", "xla", "cpu", "triton", "mosaic_gpu", "mosaic_tpu"] = "auto"
+    embedding_dtype: TableDtype = "same"
+    weights: WeightsChoice = "auto"
+    act_quant: ActQuantChoice = "auto"
+    implementation: ImplementationChoice = "auto"
 
     def __post_init__(self) -> None:
         """Refuses what contradicts itself."""

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fabric_kernels.ternary_matmul import GradientBits, Implementation
+from fabric_kernels.ternary_matmul import GradientBits
 
+from fabric_jax.choices import ImplementationChoice, TableDtype, WeightsChoice
 from fabric_jax.data.config import DataConfig
 from fabric_jax.errors import FabricError
 from fabric_jax.layers.attention import AttentionChoice
@@ -184,22 +185,10 @@ class FinetuneConfig(RunConfig):
     model: str
     adapter: str = ""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    weights: Literal[
-        "auto",
-        "packed",
-        "ternary2",
-        "ternary1.6",
-        "master",
-        "float",
-        "float32",
-        "bfloat16",
-        "float16",
-        "int8",
-        "int4",
-    ] = "auto"
-    embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
+    weights: WeightsChoice = "auto"
+    embedding_dtype: TableDtype = "same"
     gradient_bits: GradientBits = 16
-    implementation: Literal["auto"] | Implementation = "auto"
+    implementation: ImplementationChoice = "auto"
     fused_update: bool = False
 
     def __post_init__(self) -> None:

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from fabric_kernels.ternary_matmul import Implementation, select_implementation
+from fabric_kernels.ternary_matmul import select_implementation
 from flax import nnx
 from jax.sharding import Mesh
 
 from fabric_jax.checkpoints.assemble import in_form
 from fabric_jax.checkpoints.loading import open_source, weights_form
+from fabric_jax.choices import ImplementationChoice, TableDtype, WeightsChoice
 from fabric_jax.data.batch import Batch
 from fabric_jax.errors import FabricError
 from fabric_jax.layers.lora import LoraConfig
@@ -89,23 +90,11 @@ class MemoryConfig:
     model: str = ""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    weights: Literal[
-        "auto",
-        "packed",
-        "ternary2",
-        "ternary1.6",
-        "master",
-        "float",
-        "float32",
-        "bfloat16",
-        "float16",
-        "int8",
-        "int4",
-    ] = "auto"
+    weights: WeightsChoice = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    embedding_dtype: Literal["same", "float32", "bfloat16", "float16", "int8", "int4"] = "same"
+    embedding_dtype: TableDtype = "same"
     remat: Remat = "linears"
-    implementation: Literal["auto"] | Implementation = "auto"
+    implementation: ImplementationChoice = "auto"
     fused_update: bool = False
     max_length: int = 128
     batch_size: int = 1

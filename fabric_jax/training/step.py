@@ -204,12 +204,9 @@ def _gradient_sum(
     return over_devices(summed, definition, mesh, trains)
 
 
-_Gradient = Callable[
-    [tuple[Tree, Tree], Tree, Batch, jax.Array, jax.Array | None], tuple[jax.Array, Tree]
-]
-
-
-def _gradient_of(definition: DecoderDefinition, trains: Trains, options: StepOptions) -> _Gradient:
+def _gradient_of(
+    definition: DecoderDefinition, trains: Trains, options: StepOptions
+) -> GradientSum:
     """Loss sum and float32 gradients of a micro-batch, by the first of two trees of params."""
 
     def loss_sum(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from fabric_kernels import (
     BlockTable,
-    cpu_library,
     dequantize_blocks,
     quantize_blocks,
     table_matmul,
@@ -17,6 +16,8 @@ from fabric_kernels import (
 )
 from fabric_kernels.block_quantization import TableBits, table_bytes
 from fabric_kernels.table_matmul import quantized
+
+from tests.kernels.conftest import need_cpu_kernels
 
 KINDS = {8: gguf.GGMLQuantizationType.Q8_0, 4: gguf.GGMLQuantizationType.Q4_0}
 BITS = pytest.mark.parametrize("bits", [8, 4])
@@ -160,8 +161,7 @@ def test_no_wide_copy_of_the_table_is_made(bits: TableBits, dtype: str) -> None:
 
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 70, 96), (3, 33, 70), (7, 5, 8), (16, 2, 200)])
 def test_the_cpu_kernel_multiplies_the_stored_values(rows: int, n: int, k: int) -> None:
-    if not cpu_library.available():
-        pytest.skip("no CPU kernels")
+    need_cpu_kernels()
     table = make(n, k, 8)
     x = np.random.default_rng(0).normal(size=(rows, k)).astype(np.float32)
     values = np.asarray(dequantize_blocks(table), np.float64)

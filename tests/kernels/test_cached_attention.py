@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fabric_kernels import cached_attention, cpu_library, empty_cache
+from fabric_kernels import cached_attention, empty_cache
 from fabric_kernels.attention.cache import quantize_vectors
 
 # (B, H, K, S, hd, dtype of the cache): groups of heads, widths that fill no vector, single heads.
@@ -40,10 +40,7 @@ def expected(q, keys, values, positions, firsts):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{c[4]}-{c[5]}" for c in CASES])
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
 def test_a_step_attends_to_what_the_row_has_seen(case, implementation) -> None:
-    if implementation == "cpu" and not cpu_library.available():
-        pytest.skip("no CPU kernels")
     batch, heads, kv_heads, slots, width, dtype = case
     everywhere = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], (batch, slots))
     old = [random(batch, slots, kv_heads, width, seed=i) for i in (1, 2)]
