@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from fabric_kernels import BlockTable, Packing, table_matmul
 from fabric_kernels.attention import Angles, cached_attention
+from fabric_kernels.decoding import decode_layers
 from fabric_kernels.ternary_matmul import NARROW_PRODUCT, GradientBits, Implementation
 from flax import nnx
 from jax import lax
@@ -36,6 +37,7 @@ from fabric_jax.layers.parameters import AdapterParam, BaseParam
 from fabric_jax.layers.residuals import INT8_RESIDUAL, Twin, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_table, table_rows, table_value
 from fabric_jax.models.config import ModelConfig
+from fabric_jax.models.decoding import layer_stacks
 from fabric_jax.models.views import Views, cache_views, row_views
 from fabric_jax.parallel.mesh import MeshShape
 from fabric_jax.quantization.absmax import ActQuant
@@ -330,6 +332,12 @@ class Decoder(nnx.Module):
             case "layer":
                 body = jax.checkpoint(body, prevent_cse=False)
         h = self.embed(tokens)
+        if cache is not None and tokens.shape[1] == 1 and not adapter:
+            stacks = layer_stacks(self.layers, self.config, cache, len(tokens))
+            if stacks is not None:
+                angles, scale = views.of_global.angles, self.config.attention_scale
+                h, cache = decode_layers(h, stacks, cache, positions, angles=angles, scale=scale)
+                return self.final_norm(h), cache
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (h, cache), _ = lax.scan(body, (h, cache), (indices, (adapter, base)))
         return self.final_norm(h), cache
