@@ -5,7 +5,7 @@
 [--json FILE]``
 
 Limits are measured in the same run: bytes a second of a large copy, operations a second of a large
-bfloat16 and a large int8 product.
+bfloat16 and a large int8 product. ``fabric_jax.report.roofline`` draws what the JSON file has.
 """
 
 import argparse
