@@ -104,6 +104,18 @@ def cells(base: Settings) -> list[Settings]:
     return grid(base, model=(*BITNET, "bitnet-2b-4t"), packing=("ternary2", "ternary1.6"))
 
 
+def environment(cell: Settings, platform: str) -> dict[str, str]:
+    """The share of an 80 GB device: weights, cache, and what reading memory is timed with."""
+    if platform != "cuda":
+        return {}
+    model = get_config(cell.model)
+    needed = model.linear_parameters / 4 + model.embedding_parameters * 4
+    slots = bucket(cell.prompt + cell.new, model.max_length)
+    needed += 4 * cell.batch * slots * model.num_layers * model.num_kv_heads * model.head_dim
+    share = (1.2 * needed + 1.5 * READ_BYTES["gpu"] + (1 << 30)) / (78 << 30)
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{min(0.9, share + 0.005):.2f}"}
+
+
 def measure(cell: Settings) -> dict[str, Any]:
     platform = current_platform()
     if platform not in ("cpu", "cuda"):

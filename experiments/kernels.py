@@ -14,7 +14,7 @@ Half a minute a cell on two cores; ten seconds on a GPU.
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.job import BITNET
+from experiments.job import BITNET, small_share
 from fabric_jax.sweeps import Figure, NotOnThisPlatform, current_platform, grid
 
 COLUMNS = ("of_dot_peak", "of_read_peak", "times_xla")
@@ -43,6 +43,11 @@ def config() -> Config:
 
 def cells(base: Config) -> list[Config]:
     return grid(base, model=(*BITNET, "bitnet-2b-4t"), rows=(1, 128, 1024))
+
+
+def environment(cell: Config, platform: str) -> dict[str, str]:
+    # The limits take 2.4 GiB, a stack of the largest matrix and its products 2 more.
+    return small_share(platform, 0.1)
 
 
 def measure(cell: Config) -> dict[str, Any]:

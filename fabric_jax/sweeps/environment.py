@@ -30,9 +30,11 @@ def chosen_variables(
         platform: of the cell.
         own: what the experiment asks for; it goes first.
         cache: folder for compiled programs that cells share; "" for none.
-        jobs: cells at a time.
+        jobs: cells at a time, in this sweep; ``FABRIC_SWEEP_JOBS`` in our own environment says how
+            many there are in all sweeps that were started together.
     """
     chosen = {"JAX_PLATFORMS": BACKENDS.get(platform, "cpu"), PLATFORM_VARIABLE: platform}
+    jobs = max(jobs, int(os.environ.get(JOBS_VARIABLE, "1")))
     if jobs > 1:
         chosen[JOBS_VARIABLE] = str(jobs)
     if platform == "cuda":
