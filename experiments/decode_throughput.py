@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -42,7 +43,7 @@ from fabric_jax.measurement.timing import summarize
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_base
 from fabric_jax.models.registry import get_config
-from fabric_jax.sweeps import Figure, NotOnThisPlatform, current_platform, grid
+from fabric_jax.sweeps import Figure, NotOnThisPlatform, current_platform, grid, own_turn
 
 COLUMNS = (
     *("decode_tokens_per_second", "prefill_tokens_per_second", "first_token_seconds"),
@@ -122,7 +123,10 @@ def measure(cell: Settings) -> dict[str, Any]:
         raise NotOnThisPlatform(f"times need a device; this cell is for {platform}")
     settings = replace(cell, dtype="float32") if platform == "cpu" else cell
     definition = definition_of(settings)
-    found = measure_generation(settings, definition, initialize_base(definition, 0))
+    jax.devices()  # starts the device before the turn
+    # A single repeat is there to compile.
+    with own_turn() if settings.repeats > 1 else nullcontext():
+        found = measure_generation(settings, definition, initialize_base(definition, 0))
     return {
         "decode_tokens_per_second": found["decode_tokens_per_s"],
         "prefill_tokens_per_second": found["prefill_tokens_per_s"],

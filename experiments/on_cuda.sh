@@ -22,8 +22,9 @@
 #     host         3      4 cells: decode on the processor of the same machine
 #     ablation_times  4   12 cells alone: packing and remat with their times
 #
-# vram and throughput where none is named. Memory and quality are not affected by what else runs; times
-# are always taken alone, of programs that were compiled before into the cache.
+# vram and throughput where none is named. Memory and quality are not affected by what else runs. Times
+# are taken one at a time, of programs that were compiled before into the cache; TURNS (3) is how many of
+# these cells there are at once: the others start and load their programs meanwhile, and 1 is quite alone.
 #
 # RECORDS: folder of records and compiled programs, kept; a temporary one where not given.
 # PLATFORM (cuda), JOBS (12), LIMIT (cells a sweep; 0 for all): to try it elsewhere.
@@ -33,7 +34,7 @@ out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
 records=${RECORDS:-$(mktemp -d)}
-platform=${PLATFORM:-cuda} jobs=${JOBS:-12} limit=${LIMIT:-0} python=${PYTHON:-python3}
+platform=${PLATFORM:-cuda} jobs=${JOBS:-12} limit=${LIMIT:-0} turns=${TURNS:-3} python=${PYTHON:-python3}
 mkdir -p "$records"
 
 # sweep FOLDER EXPERIMENT [WORD ...]: lines of cells that went well are left out.
@@ -128,16 +129,17 @@ throughput() {
     sweep compiled $name compile_only=true shape=published,current --jobs "$jobs"
     sweep compiled $name compile_only=true shape=custom model=$small rows=8,16 packing=true --jobs 2
     # The published epoch of the smallest model first, whole: a row a step, rows packed, 8 rows a step.
-    sweep records $name budget_seconds=0 shape=published,packed model=$small
-    sweep records $name budget_seconds=0 shape=custom model=$small rows=8,16 packing=true
-    sweep records $name budget_seconds=3 shape=published,current \
+    sweep records $name --jobs "$turns" budget_seconds=0 shape=published,packed,current \
+        model=$small
+    sweep records $name --jobs "$turns" budget_seconds=0 shape=custom model=$small rows=8,16 \
+        packing=true
+    sweep records $name --jobs "$turns" budget_seconds=3 shape=published,current \
         model=bitnet-350m,bitnet-1b,bitnet-1.5b,bitnet-2.7b,bitnet-3.8b,bitnet-7b,bitnet-13b
-    sweep records $name budget_seconds=3 shape=current model=$small
-    sweep records $name budget_seconds=3 shape=packed model=bitnet-1b
+    sweep records $name --jobs "$turns" budget_seconds=3 shape=packed model=bitnet-1b
 }
 decode() {
     sweep compiled decode_throughput repeats=1 --jobs "$jobs"
-    sweep records decode_throughput
+    sweep records decode_throughput --jobs "$turns"
 }
 host() {
     platform=cpu sweep records decode_throughput packing=ternary2 \
@@ -146,7 +148,7 @@ host() {
 kernels() {
     local models=model=bitnet-1b,bitnet-2b-4t,bitnet-13b
     sweep compiled kernels $models rounds=1 --jobs "$jobs"
-    sweep records kernels $models
+    sweep records kernels --jobs "$turns" $models
 }
 
 keep_on &
