@@ -47,6 +47,8 @@ class Figure:
         log: axes that are logarithmic: "", "x", "y" or "xy".
         kind: ``line``, or ``bar`` where x is a name; ``stack`` for bars of a metric ``y`` that is
             itself a table of category to number.
+        baseline: value of x that the others are compared with, seed by seed; the figure and a table
+            are then of differences to it. "" for none.
     """
 
     x: str
@@ -54,6 +56,7 @@ class Figure:
     series: str = ""
     log: str = ""
     kind: str = "line"
+    baseline: str = ""
 
     def to_json(self) -> dict[str, str]:
         """Field to value."""

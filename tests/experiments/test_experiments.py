@@ -22,7 +22,7 @@ from fabric_jax.sweeps.runner import SweepOptions, plan
 from fabric_jax.training.memory_account import predict
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = ("__init__", "ste_variants")
+OWN = ("__init__",)
 """Modules with a command of their own."""
 EXPERIMENTS = [
     *("vram", "finetune_throughput", "lossless", "biomed", "kernels", "decode_throughput"),
