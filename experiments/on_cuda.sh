@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What there is to measure on one CUDA device, from a checkout: nothing is installed, no data set is
-# needed, only jax with CUDA, flax (and what comes with it) and jaxtyping; for `quality`, `lossless` of
-# a trained model and `ablation_times` tokenizers, safetensors and grain (with array_record, portpicker,
+# needed, only jax with CUDA, flax (and what comes with it) and jaxtyping; for `quality`, `ste`, `lossless`
+# of a trained model and `ablation_times` tokenizers, safetensors and grain (with array_record, portpicker,
 # psutil, cloudpickle) too. Their wheels, unpacked into a folder on PYTHONPATH, will do.
 #
 #     bash experiments/on_cuda.sh FOLDER [PART ...]
@@ -14,7 +14,8 @@
 #
 #     check        10 s   what is installed, and which device it is
 #     vram         5      90 cells, 12 at a time
-#     quality      6      144 cells, 16 at a time: biomed and all ablations, their times left out
+#     quality      6      144 cells, 16 at a time: biomed and the ablations of LoRA, times left out
+#     ste          4      30 cells, 12 at a time: straight-through variants, trained from scratch
 #     lossless     1      20 cells, 12 at a time
 #     throughput   6      16 programs at once, then 20 cells alone
 #     decode       5      18 programs at once, then 18 cells alone
@@ -117,6 +118,7 @@ ablation_times() {
     sweep records ablations.packing --rerun all
     sweep records ablations.remat --rerun all
 }
+ste() { sweep records ablations.ste_variants --jobs "$jobs"; }
 lossless() {
     sweep records lossless --jobs "$jobs"
     local folder=runs/quickstart
@@ -156,7 +158,7 @@ keeper=$!
 trap 'kill $keeper 2>/dev/null; keep' EXIT
 for part in "${@:-vram}"; do
     case $part in
-    check | vram | model | quality | ablation_times | lossless | throughput | decode | host | kernels) ;;
+    check | vram | model | quality | ste | ablation_times | lossless | throughput | decode | host | kernels) ;;
     *) echo "no part $part" >&2 && exit 2 ;;
     esac
     began=$SECONDS
