@@ -17,8 +17,8 @@
 #     quality      6      144 cells, 16 at a time: biomed and the ablations of LoRA, times left out
 #     ste          4      30 cells, 12 at a time: straight-through variants, trained from scratch
 #     lossless     1      20 cells, 12 at a time
-#     throughput   6      16 programs at once, then 20 cells alone
-#     decode       5      18 programs at once, then 18 cells alone
+#     throughput   5      16 programs at once, then 20 cells alone
+#     decode       4      18 programs at once, then 18 cells alone
 #     kernels      3      9 cells at once, then alone
 #     host         3      4 cells: decode on the processor of the same machine
 #     ablation_times  4   12 cells alone: packing and remat with their times

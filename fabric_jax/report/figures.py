@@ -132,10 +132,10 @@ def rank_picture(index: Index) -> Picture | None:
     """Accuracy against rank: means over seeds with 95 % intervals, and the published points."""
     records = [r for r in index.find("biomed") if r.status == "ok" and "accuracy" in r.metrics]
     groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    several = len({record.platform for record in records}) > 1
     for record in records:
-        groups["+".join(record.cell["targets"])][record.cell["rank"]].append(
-            record.metrics["accuracy"]
-        )
+        name = "+".join(record.cell["targets"]) + (f", {record.platform}" if several else "")
+        groups[name][record.cell["rank"]].append(record.metrics["accuracy"])
     if not groups:
         return None
     figure, (axes,) = new_figure(6.4, 3.4)

@@ -122,7 +122,7 @@ def test_the_page_needs_nothing_else_and_its_links_lead_somewhere(
         make_record(
             "biomed",
             "cpu",
-            {"rank": rank, "targets": ["all"], "seed": seed},
+            {"rank": rank, "targets": ["all"], "seed": seed, "model": "a model"},
             {"accuracy": 0.5 + 0.01 * seed, "questions": 33},
             figure={"x": "rank", "y": "accuracy", "series": "targets", "log": "x", "kind": "line"},
         )
