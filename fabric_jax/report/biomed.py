@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from fabric_jax.report.document import Block, Heading, Table, Text, Value
-from fabric_jax.report.figures import interval
+from fabric_jax.report.figures import interval, rank_records
 from fabric_jax.report.published import published
 from fabric_jax.report.records_index import Index, device_name, figure_of, mib, short
 from fabric_jax.sweeps.records import Record
@@ -42,7 +42,7 @@ def smallest_epoch_blocks(index: Index) -> list[Block]:
     rows = [_epoch_row(record) for record in records]
     columns = (
         *("platform", "rows a step", "steps", "run", "epoch, s", "compiling, s", "step"),
-        *("trainable tokens/s", "positions/s", "of roofline", "peak, MiB", "loss, first and last"),
+        *("trainable tokens/s", "positions/s", "of roofline", "peak, MiB"),
     )
     return [
         Heading(text=f"One epoch of the 264 biomedical rows, {SMALLEST}", level=3),
@@ -52,11 +52,10 @@ def smallest_epoch_blocks(index: Index) -> list[Block]:
         ),
         Table(columns=columns, rows=rows),
         Text(
-            text="Length 128 unless the row says otherwise. Epoch: all steps after compiling; "
-            "where fewer were run, their median times the number of steps. Compiling is short "
-            "where the program was in the cache of an earlier cell. Packed: several documents a "
-            "row, which attention and loss keep apart. Tokens are random, in rows of the published "
-            "lengths: nothing is learnt, losses show that the steps are real.",
+            text="Epoch: all steps after compiling; where fewer ran, their median times the number "
+            "of steps. Compiling is short where an earlier cell left its program in the cache. "
+            "Packed: several documents a row, which attention and loss keep apart. Tokens are "
+            "random, in rows of the published lengths, so nothing is learnt here.",
             small=True,
         ),
     ]
@@ -78,15 +77,14 @@ def is_whole(record: Record) -> bool:
 
 
 def shape_of(record: Record) -> str:
-    """``8 × 128, packed``: rows and positions of a step."""
+    """``8 × 128 packed``: rows and positions of a step."""
     cell = record.cell
     packed = "packed" if cell["packing"] else "padded"
-    return f"{cell['rows']} × {cell['length']}, {packed}"
+    return f"{cell['rows']} × {cell['length']} {packed}"
 
 
 def _epoch_row(record: Record) -> tuple[Value, ...]:
     metrics = record.metrics
-    losses = f"{metrics['loss_first']:.2f}, {metrics['loss_last']:.2f}"
     return (
         Value(record.platform),
         Value(shape_of(record), record.digest),
@@ -99,17 +97,15 @@ def _epoch_row(record: Record) -> tuple[Value, ...]:
         figure_of(record, ("positions_per_second",), short),
         figure_of(record, ("of_roofline",), lambda share: f"{100 * share:.0f} %"),
         figure_of(record, ("peak_bytes",), mib),
-        Value(losses),
     )
 
 
 def accuracy_blocks(index: Index) -> list[Block]:
     """Published accuracy by rank beside ours, means over seeds with 95 % intervals."""
     groups: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
-    for record in index.find("biomed"):
-        if record.status == "ok" and "accuracy" in record.metrics:
-            targets = "+".join(record.cell["targets"])
-            groups[record.platform, targets, record.cell["rank"]].append(record)
+    for record in rank_records(index):
+        targets = "+".join(record.cell["targets"])
+        groups[record.platform, targets, record.cell["rank"]].append(record)
     if not groups:
         return []
     printed = published()["biomed_rank_accuracy"]

@@ -188,7 +188,8 @@ def _best_first(
 def _mean_text(group: Group, metric: str) -> str:
     values = list(group.values(metric).values())
     if not values:
-        texts = {str(r.metrics[metric]) for r in group.records.values() if metric in r.metrics}
+        found = [record.metrics.get(metric) for record in group.records.values()]
+        texts = {str(value) for value in found if value is not None}
         return ", ".join(sorted(texts)) or "–"
     if all(value == values[0] for value in values):
         return short(values[0], metric)
