@@ -116,7 +116,8 @@ def seed_blocks(
         groups, bases = _best_first(groups, bases, compared)
     rows: list[tuple[Value, ...]] = []
     for group, base in zip(groups, bases, strict=True):
-        told = ([group.platform] if platforms else []) + [show(group.cell[name]) for name in names]
+        own = [show(group.cell.get(name)) for name in names]
+        told = [group.platform, *own] if platforms else own
         row = [*told, str(len(group.records)), *(_mean_text(group, name) for name in metrics)]
         if any(bases):
             row.append(_difference_text(group, base, compared))
@@ -157,7 +158,7 @@ def difference_picture(
             axes.errorbar(mean.value, place, xerr=mean.error or 0, color="black", capsize=3)
             axes.plot(points, [place] * len(points), "o", color=colour, markersize=3)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(drawn)), [show(group.cell[x]) for group, _ in drawn])
+        axes.set_yticks(range(len(drawn)), [show(group.cell.get(x)) for group, _ in drawn])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"{title(y)}, difference to {baseline}")
