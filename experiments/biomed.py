@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.finetune_run import QUALITY, RunConfig
+from experiments.finetune_run import environment as environment
 from experiments.finetune_run import measure as measure_run
 from fabric_jax.sweeps import Figure, grid
 

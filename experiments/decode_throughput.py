@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -42,7 +43,7 @@ from fabric_jax.measurement.timing import summarize
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_base
 from fabric_jax.models.registry import get_config
-from fabric_jax.sweeps import Figure, NotOnThisPlatform, current_platform, grid
+from fabric_jax.sweeps import Figure, NotOnThisPlatform, current_platform, grid, own_turn
 
 COLUMNS = (
     *("decode_tokens_per_second", "prefill_tokens_per_second", "first_token_seconds"),
@@ -104,13 +105,28 @@ def cells(base: Settings) -> list[Settings]:
     return grid(base, model=(*BITNET, "bitnet-2b-4t"), packing=("ternary2", "ternary1.6"))
 
 
+def environment(cell: Settings, platform: str) -> dict[str, str]:
+    """The share of an 80 GB device: weights, cache, and what reading memory is timed with."""
+    if platform != "cuda":
+        return {}
+    model = get_config(cell.model)
+    needed = model.linear_parameters / 4 + model.embedding_parameters * 4
+    slots = bucket(cell.prompt + cell.new, model.max_length)
+    needed += 4 * cell.batch * slots * model.num_layers * model.num_kv_heads * model.head_dim
+    share = (1.2 * needed + 1.5 * READ_BYTES["gpu"] + (1 << 30)) / (78 << 30)
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{min(0.9, share + 0.005):.2f}"}
+
+
 def measure(cell: Settings) -> dict[str, Any]:
     platform = current_platform()
     if platform not in ("cpu", "cuda"):
         raise NotOnThisPlatform(f"times need a device; this cell is for {platform}")
     settings = replace(cell, dtype="float32") if platform == "cpu" else cell
     definition = definition_of(settings)
-    found = measure_generation(settings, definition, initialize_base(definition, 0))
+    jax.devices()  # starts the device before the turn
+    # A single repeat is there to compile.
+    with own_turn() if settings.repeats > 1 else nullcontext():
+        found = measure_generation(settings, definition, initialize_base(definition, 0))
     return {
         "decode_tokens_per_second": found["decode_tokens_per_s"],
         "prefill_tokens_per_second": found["prefill_tokens_per_s"],

@@ -9,6 +9,9 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from experiments.job import small_share
+from fabric_jax.sweeps import runs_alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -62,10 +65,22 @@ class RunConfig:
 
 
 QUALITY = ("accuracy", "eval_loss", "loss", "step_seconds", "compiled_bytes")
+TIMES = (
+    *("step_seconds", "trainable_tokens_per_second", "real_tokens_per_second"),
+    "positions_per_second",
+)
+
+
+def environment(cell: RunConfig, platform: str) -> dict[str, str]:
+    """Runs of the quickstart's model fit beside one another; another model has the device."""
+    return small_share(platform) if cell.model == RunConfig.model else {}
 
 
 def measure(cell: RunConfig) -> dict[str, Any]:
-    """Fine-tunes and answers the held-out questions, which are read back through the folder."""
+    """Fine-tunes and answers the held-out questions, which are read back through the folder.
+
+    Times are None where other cells run beside this one.
+    """
     from rich.console import Console
 
     from fabric_jax.training.loop import finetune
@@ -74,7 +89,7 @@ def measure(cell: RunConfig) -> dict[str, Any]:
         job = job_config(cell, f"{folder}/run")
         summary = finetune(job, console=Console(stderr=True))
         scores = answered(cell, job, summary.trained) if cell.eval_data else {}
-    return scores | {
+    metrics = scores | {
         "loss": summary.loss_last,
         "eval_loss": summary.eval_loss_last,
         "eval_loss_best": summary.eval_loss_best,
@@ -89,6 +104,8 @@ def measure(cell: RunConfig) -> dict[str, Any]:
         "peak_bytes": summary.peak_bytes,
         "implementation": summary.implementation,
     }
+    # Beside other cells a step takes as long as they let it.
+    return metrics if runs_alone() else metrics | dict.fromkeys(TIMES)
 
 
 def job_config(cell: RunConfig, output: str) -> Any:

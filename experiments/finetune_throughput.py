@@ -29,7 +29,7 @@ from experiments.job import (
     picked_implementation,
     settings_of,
 )
-from fabric_jax.sweeps import Figure, NotOnThisPlatform, current_platform
+from fabric_jax.sweeps import Figure, NotOnThisPlatform, current_platform, own_turn
 
 COLUMNS = (
     *("epoch_seconds", "step_seconds", "trainable_tokens_per_second", "real_tokens_per_second"),
@@ -131,11 +131,12 @@ def _run(cell: Config, built: Any, costs: Any) -> dict[str, Any]:
     step = built.step.lower(*built.abstract_arguments()).compile()
     compiling = time.perf_counter() - start
     batches = epoch_batches(cell, built.definition.config.vocab_size)
-    before = time.process_time()
-    seconds, losses = run_epoch(cell, built, step, batches)
-    processor = time.process_time() - before
-    peak = peak_memory_bytes()
-    limits = measure_limits()
+    with own_turn():
+        before = time.process_time()
+        seconds, losses = run_epoch(cell, built, step, batches)
+        processor = time.process_time() - before
+        peak = peak_memory_bytes()
+        limits = measure_limits()
     each = statistics.median(seconds)
     low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
     complete = len(seconds) == len(batches)

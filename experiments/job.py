@@ -158,6 +158,11 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names} | {"moments": config.optimizer.moments}
 
 
+def small_share(platform: str, share: float = 0.04) -> dict[str, str]:
+    """A share of the device that suits a model of a few million parameters."""
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}"} if platform == "cuda" else {}
+
+
 def device_share(cell: StepConfig, platform: str) -> dict[str, str]:
     """The share of an 80 GB device that a cell needs, so that several can run beside another."""
     if platform != "cuda":

@@ -15,10 +15,12 @@ as ``runs/quickstart/pretrain/model`` after ``make quickstart``. Two minutes on 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from experiments.job import small_share
 from fabric_jax.sweeps import NotOnThisPlatform, current_platform
 
 COLUMNS = ("kl_mean", "kl_max", "top1_agreement", "perplexity_ratio", "positions")
 TIMEOUT_SECONDS = 1200
+SMALL = ("bitnet-tiny", "runs/quickstart/pretrain/model")
 ON = {
     "cpu": ("xla", "cpu"),
     "cuda": ("xla", "triton", "mosaic_gpu", "tuned"),
@@ -77,7 +79,8 @@ def cells(base: Config) -> list[Config]:
 
 def environment(cell: Config, platform: str) -> dict[str, str]:
     # A GPU's default for float32 rounds factors to ten bits, in the reference as elsewhere.
-    return {"JAX_DEFAULT_MATMUL_PRECISION": "highest"} if platform == "cuda" else {}
+    precision = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"} if platform == "cuda" else {}
+    return precision | (small_share(platform, 0.1) if cell.model in SMALL else {})
 
 
 def measure(cell: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ After ``make quickstart``; 12 cells of half a minute on two cores.
 from typing import Any
 
 from experiments.finetune_run import QUALITY, RunConfig
+from experiments.finetune_run import environment as environment
 from experiments.finetune_run import measure as measure_run
 from fabric_jax.sweeps import Figure, grid
 

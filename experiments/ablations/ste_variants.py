@@ -1,38 +1,44 @@
-"""Which variant of straight-through training learns best? One switch at a time, several seeds.
+"""Which variant of straight-through training learns best?
 
-Every cell trains a small model from random weights on Python's standard library with the published
-two-stage recipe; held-out files give bits per byte. Each variant differs from BitNet b1.58 in one
-switch; where it comes from is in ``VARIANTS``. Float weights are the line that none should cross.
+Each variant differs from BitNet b1.58 in one switch, see ``VARIANTS`` for where it comes from.
+Float weights are the line that none should cross. A cell trains a small model from random weights
+on Python's standard library with the published two-stage recipe; held-out files give bits per byte.
+Variants with the same seed start from the same weights and see the same rows in the same order, so
+differences to b1.58 are paired by seed.
 
-    PYTHONPATH=.:kernels python3 -m experiments.ablations.ste_variants --out DIR
+    fabric-jax sweep experiments.ablations.ste_variants --out DIR --jobs 8 --cache CACHE
 
-leaves a record a cell in ``DIR/records.jsonl``, and ``table.md`` and ``figure.png`` made from the
-records; cells that have a record are not run again. On an H100 about six minutes, most of it
-compilation; on two CPU cores ``--num-layers 1 --tokens 100000 --rows 8 --length 128 --vocab 1024``.
+30 cells of under a minute each on an H200, most of it compilation, of which those that differ in
+the seed alone share one. A minute a cell on two CPU cores:
+
+    fabric-jax sweep experiments.ablations.ste_variants --platform cpu --out DIR --cache CACHE \
+        num_layers=1 tokens=100000 rows=8 length=128 vocab=1024
 """
 
-import argparse
-import json
-import math
-import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import jax
-from rich.console import Console
-
-from fabric_jax.data.config import DataConfig
-from fabric_jax.data.stdlib import STDLIB
-from fabric_jax.files import new_file, write_atomically
-from fabric_jax.measurement.device import device_facts
 from fabric_jax.quantization.ste_options import SteOptions
-from fabric_jax.training.config import PretrainConfig
-from fabric_jax.training.loop import pretrain
+from fabric_jax.sweeps import Figure, grid
 
-COLUMNS = ("bits_per_byte", "eval_loss")
+COLUMNS = ("bits_per_byte", "eval_loss", "loss", "tokens_per_second", "packs", "source")
+FIGURE = Figure(x="variant", y="bits_per_byte", kind="bar", baseline="b1.58")
+SEEDS = (0, 1, 2)
+HELD_OUT = 0.02
+
+Name = Literal[
+    "b1.58",
+    "clipped-gradient",
+    "stochastic-rounding",
+    "scale-by-channel",
+    "scale-by-group",
+    "int4-hybrid",
+    "hadamard",
+    "squared-relu",
+    "no-sub-norms",
+    "float-weights",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,223 +58,138 @@ class Variant:
     sub_norms: Literal["yes", "no"] = "yes"
 
 
-VARIANTS: dict[str, Variant] = {
+def _quantisers(source: str, **changed: Any) -> Variant:
+    return Variant(source=source, ste=SteOptions(**changed))
+
+
+VARIANTS: dict[Name, Variant] = {
     "b1.58": Variant(source="arXiv:2402.17764"),
-    "clipped gradient": Variant(
-        source="arXiv:1602.02830", ste=SteOptions(weight_gradient="clipped")
-    ),
-    "stochastic rounding": Variant(
-        source="arXiv:1511.00363", ste=SteOptions(weight_rounding="stochastic")
-    ),
-    "scale by channel": Variant(source="arXiv:2406.07177", ste=SteOptions(weight_scale="channel")),
-    "scale by group of 128": Variant(
-        source="arXiv:2407.12327", ste=SteOptions(weight_scale="group")
-    ),
-    "int4 hybrid (a4.8)": Variant(
-        source="arXiv:2411.04965", ste=SteOptions(activations="int4-hybrid")
-    ),
-    "Hadamard (v2)": Variant(source="arXiv:2504.18415", ste=SteOptions(hadamard=True)),
-    "squared ReLU": Variant(source="arXiv:2504.12285", gate="relu2"),
-    "no sub-norms": Variant(source="Falcon-E, HF1BitLLM", sub_norms="no"),
-    "float weights": Variant(source="none: not quantised", ste=SteOptions(weights="none")),
+    "clipped-gradient": _quantisers("arXiv:1602.02830", weight_gradient="clipped"),
+    "stochastic-rounding": _quantisers("arXiv:1511.00363", weight_rounding="stochastic"),
+    "scale-by-channel": _quantisers("arXiv:2406.07177", weight_scale="channel"),
+    "scale-by-group": _quantisers("arXiv:2407.12327", weight_scale="group"),
+    "int4-hybrid": _quantisers("arXiv:2411.04965 (a4.8)", activations="int4-hybrid"),
+    "hadamard": _quantisers("arXiv:2504.18415 (v2)", hadamard=True),
+    "squared-relu": Variant(source="arXiv:2504.12285", gate="relu2"),
+    "no-sub-norms": Variant(source="Falcon-E, HF1BitLLM", sub_norms="no"),
+    "float-weights": _quantisers("none: not quantised", weights="none"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class Config:
     """One run.
 
     Attributes:
         variant: a key of ``VARIANTS``.
-        seed: of weights and order.
         model: registry name.
         num_layers: 0 for the model's.
         tokens: positions to train on.
         rows: of a step.
         length: positions in a row.
         vocab: tokens of the BPE vocabulary.
-        folder: of the tokenised corpus, shared by all cells.
+        dtype: of activations; weights are float32.
+        seed: of weights and order; ``SEEDS`` where none of them is asked for.
     """
 
-    variant: str = "b1.58"
-    seed: int = 0
+    variant: Name = "b1.58"
     model: str = "bitnet-tiny"
     num_layers: int = 0
     tokens: int = 3_000_000
     rows: int = 32
     length: int = 256
     vocab: int = 4096
-    folder: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
 
 
-def config() -> Cell:
-    return Cell()
+def config() -> Config:
+    return Config()
 
 
-def cells(base: Cell, seeds: Sequence[int] = (0, 1, 2)) -> list[Cell]:
-    """Every variant with every seed; equal programs one after another."""
-    return [replace(base, variant=name, seed=seed) for name in VARIANTS for seed in seeds]
+def cells(base: Config) -> list[Config]:
+    """Every variant with every seed; those that share a program are far apart.
+
+    So cells that start together each compile another one, and later ones find theirs compiled.
+    """
+    seeds = SEEDS if base.seed in SEEDS else (base.seed,)
+    return grid(base, seed=seeds, variant=tuple(VARIANTS))
 
 
-def run_config(cell: Cell, output: str) -> PretrainConfig:
+def environment(cell: Config, platform: str) -> dict[str, str]:
+    """The share of an 80 GB device that a cell needs, so that several can run beside another."""
+    if platform != "cuda":
+        return {}
+    from fabric_jax.models.registry import get_config
+
+    model = replace(get_config(cell.model), vocab_size=cell.vocab)
+    layers, positions = cell.num_layers or model.num_layers, cell.rows * cell.length
+    # Masters, two moments, gradients and a step's copies; all that is between linears; logits.
+    weights = 32 * model.parameters
+    kept = positions * layers * 8 * (16 * model.hidden_size + 8 * model.ffn_size)
+    logits = 16 * min(positions * cell.vocab, 1 << 27)
+    share = (weights + kept + logits + (2 << 30)) / (78 << 30)
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{min(0.9, share + 0.005):.2f}"}
+
+
+def measure(cell: Config) -> dict[str, Any]:
+    """Trains one model; what it came to on the held-out files."""
+    from rich.console import Console
+
+    from experiments.stdlib_corpus import shared_corpus
+    from fabric_jax.training.loop import pretrain
+
+    corpus = shared_corpus(vocab=cell.vocab, held_out=HELD_OUT)
+    with tempfile.TemporaryDirectory() as output:
+        job = job_config(cell, str(corpus.folder), f"{output}/run")
+        summary = pretrain(job, console=Console(stderr=True))
+    variant = VARIANTS[cell.variant]
+    return {
+        "bits_per_byte": summary.eval_bits_per_byte_last,
+        "eval_loss": summary.eval_loss_last,
+        "loss": summary.loss_last,
+        "parameters": summary.parameters,
+        "steps": summary.steps,
+        "tokens_per_second": summary.tokens_per_second,
+        "compile_seconds": summary.compile_seconds,
+        "compiled_bytes": summary.compiled_bytes,
+        "packs": not variant.ste.beyond_packed,
+        "source": variant.source,
+        "corpus": corpus.digest[:16],
+    }
+
+
+def job_config(cell: Config, corpus: str, output: str) -> Any:
+    """The ``PretrainConfig`` of a cell."""
+    from fabric_jax.data.config import DataConfig
+    from fabric_jax.data.stdlib import STDLIB
+    from fabric_jax.training.config import PretrainConfig
+
     variant = VARIANTS[cell.variant]
     return PretrainConfig(
         model=cell.model,
         num_layers=cell.num_layers,
         output=output,
-        corpus=str(Path(cell.folder or output) / f"corpus-{cell.vocab}"),
+        corpus=corpus,
         train_tokenizer=cell.vocab,
         dataset=DataConfig(
             data=STDLIB,
-            eval_fraction=0.02,
+            eval_fraction=HELD_OUT,
             max_length=cell.length,
             batch_size=cell.rows,
             data_seed=cell.seed,
         ),
         token_budget=cell.tokens,
+        # After the last step alone.
         eval_every=10**9,
         save_every=0,
         log_every=10,
         tensorboard=False,
         samples=0,
         seed=cell.seed,
+        dtype=cell.dtype,
         ste=variant.ste,
         act_quant="none" if variant.ste.weights == "none" else None,
         gate=variant.gate,
         sub_norms=variant.sub_norms,
     )
-
-
-def measure(cell: Cell) -> dict[str, Any]:
-    """Trains one model; what it came to on the held-out files."""
-    with tempfile.TemporaryDirectory() as output:
-        summary = pretrain(run_config(cell, output), console=Console(stderr=True, quiet=True))
-    return {
-        "bits_per_byte": summary.eval_bits_per_byte_last,
-        "eval_loss": summary.eval_loss_last,
-        "loss_last": summary.loss_last,
-        "parameters": summary.parameters,
-        "steps": summary.steps,
-        "tokens_per_second": summary.tokens_per_second,
-        "packs": not VARIANTS[cell.variant].ste.beyond_packed,
-    }
-
-
-def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean, standard error and paired difference to b1.58 of each variant, best first."""
-    by_variant: dict[str, dict[int, float]] = {}
-    packs: dict[str, bool] = {}
-    for record in records:
-        name = record["cell"]["variant"]
-        by_variant.setdefault(name, {})[record["cell"]["seed"]] = record["bits_per_byte"]
-        packs[name] = record["packs"]
-    base = by_variant.get("b1.58", {})
-    rows: list[dict[str, Any]] = []
-    for name, found in by_variant.items():
-        paired = [found[seed] - base[seed] for seed in found if seed in base]
-        rows.append(
-            {
-                "variant": name,
-                "source": VARIANTS[name].source,
-                "seeds": len(found),
-                "bits_per_byte": statistics.fmean(found.values()),
-                "error": _standard_error(list(found.values())),
-                "to_b1.58": statistics.fmean(paired) if paired else None,
-                "to_b1.58_error": _standard_error(paired),
-                "packs": packs[name],
-            }
-        )
-    return sorted(rows, key=lambda row: row["bits_per_byte"])
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The summary in Markdown; differences are paired by seed."""
-    lines = [
-        "| variant | source | held-out bits per byte | difference to b1.58 | packs |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        difference = "" if row["variant"] == "b1.58" else _plus_minus(row, "to_b1.58", "+.4f")
-        lines.append(
-            f"| {row['variant']} | {row['source']} | {_plus_minus(row, 'bits_per_byte', '.4f')} | "
-            f"{difference} | {'yes' if row['packs'] else 'no'} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _plus_minus(row: dict[str, Any], name: str, form: str) -> str:
-    error = row["error" if name == "bits_per_byte" else f"{name}_error"]
-    if row[name] is None:
-        return ""
-    return f"{row[name]:{form}}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bits per byte by variant, with standard errors over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    names = [row["variant"] for row in rows]
-    errors = [row["error"] or 0.0 for row in rows]
-    colors = ["tab:blue" if row["packs"] else "tab:grey" for row in rows]
-    places = range(len(rows))
-    values = [row["bits_per_byte"] for row in rows]
-    axes.barh(places, values, xerr=errors, color=colors, height=0.6)
-    axes.set_yticks(places, names)
-    axes.invert_yaxis()
-    low, high = min(values) - max(errors), max(values) + max(errors)
-    axes.set_xlim(low - 0.3 * (high - low + 0.01), high + 0.1 * (high - low + 0.01))
-    axes.set_xlabel("held-out bits per byte (grey: packed weights can't express it)")
-    axes.grid(axis="x", alpha=0.3)
-    with new_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-
-
-def main() -> None:
-    """Runs what has no record yet, then makes table and figure."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    for name in ("model", "num_layers", "tokens", "rows", "length", "vocab"):
-        value = getattr(config(), name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    given = vars(parser.parse_args())
-    out = Path(given.pop("out"))
-    out.mkdir(parents=True, exist_ok=True)
-    seeds = given.pop("seeds")
-    with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        base = replace(config(), folder=folder, **given)
-        records = run_all(cells(base, seeds), out / "records.jsonl")
-    rows = summarise(records)
-    write_atomically(out / "table.md", table(rows).encode())
-    draw(rows, out / "figure.png")
-    print(table(rows))
-
-
-def run_all(chosen: Sequence[Cell], path: Path) -> list[dict[str, Any]]:
-    """A record of each cell, those of earlier runs of this program included."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    records = [json.loads(line) for line in lines]
-    done = {json.dumps(record["cell"]) for record in records}
-    for cell in chosen:
-        named = {name: value for name, value in asdict(cell).items() if name != "folder"}
-        if json.dumps(named) in done:
-            continue
-        record = {"experiment": "ste_variants", "cell": named} | measure(cell)
-        record["device"] = device_facts().kind
-        records.append(record)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print(f"{cell.variant}, seed {cell.seed}: {record['bits_per_byte']:.4f}", flush=True)
-    return records
-
-
-if __name__ == "__main__":
-    main()

@@ -58,6 +58,7 @@ class Recipe:
             than to get memory for them from the system in every step.
         log_every: steps between lines of metrics.
         eval_every: LoRA steps between losses of the held-out questions.
+        tensorboard: whether both runs write TensorBoard events too.
     """
 
     model: str = "bitnet-tiny"
@@ -74,3 +75,4 @@ class Recipe:
     remat: Remat = "linears"
     log_every: int = 20
     eval_every: int = 40
+    tensorboard: bool = True

@@ -116,6 +116,7 @@ def train_from_scratch(
         epochs=recipe.pretrain_epochs,
         save_every=0,
         log_every=recipe.log_every,
+        tensorboard=recipe.tensorboard,
         remat=recipe.remat,
         seed=seed,
     )
@@ -151,6 +152,7 @@ def finetune_config(layout: Layout, recipe: Recipe, *, seed: int) -> FinetuneCon
         eval_every=recipe.eval_every,
         save_every=0,
         log_every=recipe.log_every,
+        tensorboard=recipe.tensorboard,
         remat=recipe.remat,
         seed=seed,
     )

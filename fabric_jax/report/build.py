@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fabric_jax.files import write_atomically
+from fabric_jax.report.biomed import accuracy_blocks, smallest_epoch_blocks
 from fabric_jax.report.claims import all_verdicts
 from fabric_jax.report.document import Block, Heading, Picture, Text
 from fabric_jax.report.figures import memory_picture, rank_picture, speed_picture
@@ -62,18 +63,27 @@ def make_blocks(index: Index) -> list[Block]:
     ]
     sections: list[tuple[str, list[Block]]] = [
         ("Memory", _with(memory_picture(index), memory_tables(index))),
-        ("Speed of fine-tuning", _with(speed_picture(index), epoch_tables(index))),
+        (
+            "Speed of fine-tuning",
+            _with(speed_picture(index), [*smallest_epoch_blocks(index), *epoch_tables(index)]),
+        ),
         ("Speed of generation", decode_tables(index)),
         ("Lossless", lossless_tables(index)),
-        ("Accuracy", _with(rank_picture(index), [Text(text=RANK_NOTE, small=True)])),
+        ("Accuracy", _accuracy(index)),
     ]
     for name, section in sections:
-        if len(section) > (1 if name == "Accuracy" else 0):
+        if section:
             blocks += [Heading(text=name), *section]
     blocks.append(Heading(text="All experiments"))
     for experiment in index.experiments():
         blocks += experiment_section(index, experiment)
     return blocks
+
+
+def _accuracy(index: Index) -> list[Block]:
+    table = accuracy_blocks(index)
+    note = Text(text=RANK_NOTE, small=True)
+    return _with(rank_picture(index), [*table, note]) if table else []
 
 
 def _with(picture: Picture | None, blocks: list[Block]) -> list[Block]:

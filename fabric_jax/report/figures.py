@@ -128,14 +128,25 @@ def speed_picture(index: Index) -> Picture | None:
     )
 
 
+def rank_records(index: Index) -> list[Record]:
+    """Accuracies by rank, targets and seed; of each platform those with its newest settings."""
+    varied = ("rank", "targets", "seed")
+    found: list[Record] = []
+    for platform in index.platforms("biomed"):
+        well = [r for r in index.find("biomed", platform) if r.metrics.get("accuracy") is not None]
+        settings = [{k: v for k, v in r.cell.items() if k not in varied} for r in well]
+        found += [r for r, own in zip(well, settings, strict=True) if own == settings[0]]
+    return found
+
+
 def rank_picture(index: Index) -> Picture | None:
     """Accuracy against rank: means over seeds with 95 % intervals, and the published points."""
-    records = [r for r in index.find("biomed") if r.status == "ok" and "accuracy" in r.metrics]
+    records = rank_records(index)
     groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    several = len({record.platform for record in records}) > 1
     for record in records:
-        groups["+".join(record.cell["targets"])][record.cell["rank"]].append(
-            record.metrics["accuracy"]
-        )
+        name = "+".join(record.cell["targets"]) + (f", {record.platform}" if several else "")
+        groups[name][record.cell["rank"]].append(record.metrics["accuracy"])
     if not groups:
         return None
     figure, (axes,) = new_figure(6.4, 3.4)

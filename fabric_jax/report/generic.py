@@ -9,6 +9,7 @@ from fabric_jax.report.document import Block, Heading, Picture, Table, Text, Val
 from fabric_jax.report.figures import interval
 from fabric_jax.report.plot import COLOURS, MARKERS, new_figure, to_svg
 from fabric_jax.report.records_index import FAILED, Index, device_name, short, title
+from fabric_jax.report.seeds import seed_blocks
 from fabric_jax.sweeps.records import Record
 
 MOST_COLUMNS = 7
@@ -16,17 +17,18 @@ FEW_TICKS = 9
 
 
 def experiment_section(index: Index, experiment: str) -> list[Block]:
-    """Heading, question, a table a platform, figure."""
+    """Heading, question, means over seeds where there are several, all cells, figure."""
     records = sorted(index.find(experiment), key=lambda r: (r.platform, r.started))
+    means = seed_blocks(experiment, records, _varying(records), _metrics(records), _setting)
     blocks: list[Block] = [
         Heading(text=experiment, level=3),
         Text(text=f"{records[0].question} ({device_name(records)})"),
+        *means,
         _table(records),
     ]
-    picture = _picture(experiment, records)
-    if picture is not None:
-        blocks.append(picture)
-    return blocks
+    drawn = any(isinstance(block, Picture) for block in means)
+    picture = None if drawn else _picture(experiment, records)
+    return blocks if picture is None else [*blocks, picture]
 
 
 def _table(records: Sequence[Record]) -> Table:
@@ -60,7 +62,8 @@ def _metrics(records: Sequence[Record]) -> list[str]:
     named = next((record.columns for record in records if record.columns), [])
     have = [name for r in records for name, v in r.metrics.items() if isinstance(v, int | float)]
     known = list(dict.fromkeys(have))
-    return [name for name in named if name in known] or known[:MOST_COLUMNS]
+    there = {name for record in records for name in record.metrics}
+    return [name for name in named if name in there] or known[:MOST_COLUMNS]
 
 
 def _varying(records: Sequence[Record]) -> list[str]:

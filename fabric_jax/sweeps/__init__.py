@@ -5,7 +5,15 @@ from fabric_jax.sweeps.experiment import (
     Figure,
     NotOnThisPlatform,
     current_platform,
+    own_turn,
     runs_alone,
 )
 
-__all__ = ["Figure", "NotOnThisPlatform", "current_platform", "grid", "runs_alone"]
+__all__ = [
+    "Figure",
+    "NotOnThisPlatform",
+    "current_platform",
+    "grid",
+    "own_turn",
+    "runs_alone",
+]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from fabric_jax.sweeps.experiment import JOBS_VARIABLE, PLATFORM_VARIABLE
+from fabric_jax.sweeps.experiment import JOBS_VARIABLE, PLATFORM_VARIABLE, TURN_VARIABLE
 
 # What jax is told on each platform. Where nothing runs, programs are made by a process on the CPU.
 BACKENDS = {"cpu": "cpu", "cuda": "cuda,cpu"}
@@ -30,9 +30,11 @@ def chosen_variables(
         platform: of the cell.
         own: what the experiment asks for; it goes first.
         cache: folder for compiled programs that cells share; "" for none.
-        jobs: cells at a time.
+        jobs: cells at a time, in this sweep; ``FABRIC_SWEEP_JOBS`` in our own environment says how
+            many there are in all sweeps that were started together.
     """
     chosen = {"JAX_PLATFORMS": BACKENDS.get(platform, "cpu"), PLATFORM_VARIABLE: platform}
+    jobs = max(jobs, int(os.environ.get(JOBS_VARIABLE, "1")))
     if jobs > 1:
         chosen[JOBS_VARIABLE] = str(jobs)
     if platform == "cuda":
@@ -80,11 +82,11 @@ class SharedDevice:
                 self._changed.notify_all()
 
 
-def process_environment(chosen: dict[str, str]) -> dict[str, str]:
-    """The whole environment of a cell's process."""
+def process_environment(chosen: dict[str, str], turn: str = "") -> dict[str, str]:
+    """The whole environment of a cell's process; ``turn`` is the file that ``own_turn`` locks."""
     kept = {key: value for key, value in os.environ.items() if key not in UNSET}
     paths = [path for path in sys.path if path]
-    return kept | {"PYTHONPATH": os.pathsep.join(paths)} | chosen
+    return kept | {"PYTHONPATH": os.pathsep.join(paths), TURN_VARIABLE: turn} | chosen
 
 
 def recorded_variables(chosen: dict[str, str]) -> dict[str, str]:

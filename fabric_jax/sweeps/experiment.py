@@ -1,9 +1,11 @@
 """What an experiment's module has, and how it is found."""
 
+import fcntl
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import import_module
 from types import ModuleType
@@ -13,6 +15,7 @@ from fabric_jax.errors import FabricError, unknown_name
 
 PLATFORM_VARIABLE = "FABRIC_SWEEP_PLATFORM"
 JOBS_VARIABLE = "FABRIC_SWEEP_JOBS"
+TURN_VARIABLE = "FABRIC_SWEEP_TURN"
 PLATFORMS = {
     "cpu": "run",
     "cuda": "run",
@@ -44,6 +47,8 @@ class Figure:
         log: axes that are logarithmic: "", "x", "y" or "xy".
         kind: ``line``, or ``bar`` where x is a name; ``stack`` for bars of a metric ``y`` that is
             itself a table of category to number.
+        baseline: value of x that the others are compared with, seed by seed; the figure and a table
+            are then of differences to it. "" for none.
     """
 
     x: str
@@ -51,6 +56,7 @@ class Figure:
     series: str = ""
     log: str = ""
     kind: str = "line"
+    baseline: str = ""
 
     def to_json(self) -> dict[str, str]:
         """Field to value."""
@@ -97,6 +103,22 @@ def current_platform() -> str:
 def runs_alone() -> bool:
     """Whether no other cell runs beside this one, as times and a driver's counts need."""
     return os.environ.get(JOBS_VARIABLE, "1") == "1"
+
+
+@contextmanager
+def own_turn() -> Generator[None]:
+    """Around what is timed: of the cells that run beside one another one at a time is in it.
+
+    The others start, trace and load compiled programs meanwhile, which takes processor cores but
+    not the device.
+    """
+    path = os.environ.get(TURN_VARIABLE, "")
+    if not path:
+        yield
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def load_experiment(name: str) -> Experiment:

@@ -203,7 +203,7 @@ def _run_task(
                 parent=os.getpid(),
                 prepare=prepare,
             ),
-            process_environment(chosen),
+            process_environment(chosen, str(task.path.absolute().parent / ".turn")),
             timeout=options.timeout or experiment.timeout,
             memory_bytes=_memory_limit(options),
             stop=stop,

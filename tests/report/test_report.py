@@ -122,7 +122,7 @@ def test_the_page_needs_nothing_else_and_its_links_lead_somewhere(
         make_record(
             "biomed",
             "cpu",
-            {"rank": rank, "targets": ["all"], "seed": seed},
+            {"rank": rank, "targets": ["all"], "seed": seed, "model": "a model"},
             {"accuracy": 0.5 + 0.01 * seed, "questions": 33},
             figure={"x": "rank", "y": "accuracy", "series": "targets", "log": "x", "kind": "line"},
         )
@@ -183,3 +183,52 @@ def test_published_figures_are_those_of_the_claims() -> None:
     ):
         saving = 100 * (1 - vram[small[0]][small[1]] / vram[large[0]][large[1]])
         assert abs(saving - claimed) < 0.3
+
+
+def variant_records(make_record: Make, numbers: dict[str, list[float]]) -> list[Record]:
+    figure = {"x": "variant", "y": "bits", "series": "", "log": "", "kind": "bar", "baseline": "a"}
+    return [
+        make_record(
+            "ablations.variants",
+            "cpu",
+            {"variant": variant, "seed": seed},
+            {"bits": value, "packs": variant != "c", "source": f"of {variant}"},
+            figure=figure,
+            columns=["bits", "packs", "source"],
+        )
+        for variant, values in numbers.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def table_row(text: str, name: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_seeds_are_taken_together_and_differences_are_paired(
+    folder: Folder, make_record: Make
+) -> None:
+    # Seeds move both by a whole bit; the difference is 0.1, 0.2 and 0.3.
+    numbers = {"b": [2.1, 3.2, 4.3], "a": [2.0, 3.0, 4.0], "c": [1.0, 2.0, 3.0]}
+    path = folder(*variant_records(make_record, numbers))
+    write_report(path, path)
+    text = (path / "report.md").read_text()
+    # Deviation 1.1 of three values: 0.635; of the differences 0.1: 0.0577.
+    found = table_row(text, "b")
+    assert found == ["b", "3", "3.2 ± 0.6", "True", "of b", "+0.20 ± 0.06"]
+    assert table_row(text, "a")[-1] == "–"
+    assert table_row(text, "c")[-3:] == ["False", "of c", "-1 ± 0"]
+    # Single runs have their names linked.
+    order = re.findall(r"^\| ([abc]) \|", text, re.MULTILINE)
+    assert order == ["c", "a", "b"]
+    assert (path / "figures/ablations-variants.svg").read_text().count("</g>") > 10
+
+
+def test_a_seed_without_a_partner_is_left_out_of_differences(
+    folder: Folder, make_record: Make
+) -> None:
+    records = variant_records(make_record, {"a": [2.0, 3.0], "b": [2.5, 3.5, 9.0]})
+    path = folder(*records)
+    write_report(path, path)
+    assert table_row((path / "report.md").read_text(), "b")[-1] == "+0.5 ± 0"

@@ -16,6 +16,7 @@ import pytest
 from fabric_jax.cli.main import main
 from fabric_jax.errors import FabricError
 from fabric_jax.sweeps.environment import SharedDevice, chosen_variables, process_environment
+from fabric_jax.sweeps.experiment import JOBS_VARIABLE, TURN_VARIABLE, own_turn
 from fabric_jax.sweeps.records import Record, read_folder
 from fabric_jax.sweeps.runner import SweepOptions, plan
 
@@ -200,6 +201,35 @@ def test_cells_share_a_device_by_their_fractions() -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(run, [0.3, 0.3, 0.5, 0.2, 0.9, 0.1, 0.4]))
     assert 0.5 < most[0] <= 0.9 + 1e-9
+
+
+def test_what_is_timed_takes_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lock, running, most = threading.Lock(), [0], [0]
+
+    def run(_: int) -> None:
+        with own_turn():
+            with lock:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+            time.sleep(0.02)
+            with lock:
+                running[0] -= 1
+
+    for path, expected in (("", 4), (str(tmp_path / ".turn"), 1)):
+        monkeypatch.setenv(TURN_VARIABLE, path)
+        most[0] = 0
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(run, range(8)))
+        assert most[0] == expected
+
+
+def test_sweeps_that_were_started_together_say_how_many_cells_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(JOBS_VARIABLE, "16")
+    assert chosen_variables("cuda", {}, "", 2)[JOBS_VARIABLE] == "16"
+    monkeypatch.delenv(JOBS_VARIABLE)
+    assert JOBS_VARIABLE not in chosen_variables("cuda", {}, "")
 
 
 def test_what_a_process_is_told_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
