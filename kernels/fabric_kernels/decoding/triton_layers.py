@@ -263,7 +263,10 @@ def _products(
     """Products of some matrices with what they share, stored in, or added to, other arrays."""
     at = step.at
     tiles = [_tile(step, name) for name in names]
-    counts = [pl.cdiv(at[f"{name}_packed"].shape[1], tile.n) for name, tile in zip(names, tiles, strict=True)]
+    counts = [
+        pl.cdiv(at[f"{name}_packed"].shape[1], tile.n)
+        for name, tile in zip(names, tiles, strict=True)
+    ]
     # A program's turn comes in all tiles of all matrices, one after another.
     starts = [
         lax.rem(step.program + (-sum(counts[:i]) % step.programs), jnp.int32(step.programs))
