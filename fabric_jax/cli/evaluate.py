@@ -48,8 +48,11 @@ class EvaluateConfig:
             else per_token.
         embedding_dtype: of embedding and head in memory; same is dtype.
         implementation: of the products with packed weights; auto picks.
+        sides: what runs norms, gates and attention; auto: what goes with the implementation. With
+            one and the same, implementations of the products differ in nothing.
         against: what the second model has instead: model=, adapter= (none for none), weights=,
-            dtype=, embedding-dtype=, act-quant= or implementation=, as in implementation=xla.
+            dtype=, embedding-dtype=, act-quant=, implementation= or sides=, as in
+            implementation=xla.
         seed: of random base weights.
         json: file to write the figures to.
     """
@@ -70,6 +73,7 @@ class EvaluateConfig:
     act_quant: ActQuantChoice = "auto"
     embedding_dtype: TableDtype = "same"
     implementation: ImplementationChoice = "auto"
+    sides: Literal["auto", "xla", "cpu"] = "auto"
     against: tuple[str, ...] = ()
     seed: int = 0
     json: str = ""
@@ -138,6 +142,7 @@ def load(config: EvaluateConfig) -> "tuple[LoadedBase, Tree]":
         lora=lora,
         embedding_dtype=None if config.embedding_dtype == "same" else config.embedding_dtype,
         implementation=None if config.implementation == "auto" else config.implementation,
+        sides=None if config.sides == "auto" else config.sides,
     )
     return loaded, load_adapter(config.adapter, loaded.definition) if config.adapter else {}
 

@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 from fabric_kernels import BlockTable, Packing, table_matmul
 from fabric_kernels.attention import Angles, cached_attention
-from fabric_kernels.ternary_matmul import NARROW_PRODUCT, GradientBits, Implementation
+from fabric_kernels.ternary_matmul import (
+    NARROW_PRODUCT,
+    GradientBits,
+    Implementation,
+    SideImplementation,
+    side_implementation,
+)
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -70,6 +76,8 @@ class DecoderOptions:
         norm_dtype: of the gains of norms as they are stored; None for ``dtype``.
         ste: what master weights and their inputs go through.
         loss_tile_bytes: float32 logits that exist at once; accelerators want large tiles.
+        sides: what runs norms, gates and attention; None: what goes with ``implementation``. Named,
+            the products alone differ between implementations, and their exact sums are comparable.
         attention: ``auto``: ours; or cuDNN's flash attention, for half precision on NVIDIA GPUs:
             ``cudnn``, and ``cudnn-causal`` for rows that are one document each (no mask is read).
     """
@@ -89,6 +97,7 @@ class DecoderOptions:
     ste: SteOptions = field(default_factory=SteOptions)
     loss_tile_bytes: int = LOGITS_TILE_BYTES
     attention: AttentionChoice = "auto"
+    sides: SideImplementation | None = None
 
     @property
     def frozen(self) -> bool:
@@ -178,7 +187,7 @@ def _norm(
         dtype=options.norm_dtype or options.dtype,
         stack=stack,
         offset=config.norm_offset,
-        implementation=options.implementation,
+        implementation=options.sides or side_implementation(options.implementation),
     )
 
 
@@ -203,6 +212,7 @@ class Decoder(nnx.Module):
             mesh=options.mesh,
             norm_dtype=options.norm_dtype,
             ste=options.ste,
+            sides=options.sides,
         )
         table = (config.vocab_size, config.hidden_size)
         table_dtype = options.embedding_dtype or options.dtype
@@ -217,7 +227,7 @@ class Decoder(nnx.Module):
         self.loss_tile_bytes = options.loss_tile_bytes
         self.attention_choice: AttentionChoice = options.attention
         # The implementation is named for packed products; others have no choice of theirs.
-        self.attention_runs: Implementation | None = (
+        self.attention_runs: Implementation | None = options.sides or (
             options.implementation if options.mode == "packed" else None
         )
 

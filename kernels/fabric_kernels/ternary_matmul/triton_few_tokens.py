@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fabric_kernels.absmax import EPSILON
+from fabric_kernels.absmax import EPSILON, rounded
 from fabric_kernels.norm import Gate, activate
 from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul.triton_kernels import Ref, Tile, scale_at
@@ -165,7 +165,7 @@ def _rows(
         planes, total, factor = _codes(*tokens, t, index, columns, mode)
         y = jnp.sum(_dot(bytes_, [_long(p, tile) for p in planes], mode), axis=1) - total
         if factor is not None:
-            y = y.astype(jnp.float32) * (factor(y.shape) * scale_at(scale, index))
+            y = rounded(y.astype(jnp.float32) * (factor(y.shape) * scale_at(scale, index)))
         y = y.astype(out.dtype)
         if "residual" in tokens[0]:
             y = y + plgpu.load(tokens[0]["residual"].at[t, rows])
