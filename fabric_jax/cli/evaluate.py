@@ -50,8 +50,11 @@ class EvaluateConfig:
             else per_token.
         embedding_dtype: of embedding and head in memory; same is dtype.
         implementation: of the products with packed weights; auto picks.
+        sides: what runs norms, gates and attention; auto: what goes with the implementation. With
+            one and the same, implementations of the products differ in nothing.
         against: what the second model has instead: model=, adapter= (none for none), weights=,
-            dtype=, embedding-dtype=, act-quant= or implementation=, as in implementation=xla.
+            dtype=, embedding-dtype=, act-quant=, implementation= or sides=, as in
+            implementation=xla.
         mesh: how many devices lie along data, fsdp and tensor, as in data=4,tensor=2; rows are cut
             along data and fsdp, packed weights along fsdp and tensor. Empty: one device.
         seed: of random base weights.
@@ -74,6 +77,7 @@ class EvaluateConfig:
     act_quant: ActQuantChoice = "auto"
     embedding_dtype: TableDtype = "same"
     implementation: ImplementationChoice = "auto"
+    sides: Literal["auto", "xla", "cpu"] = "auto"
     against: tuple[str, ...] = ()
     mesh: str = ""
     seed: int = 0
@@ -162,6 +166,7 @@ def load(config: EvaluateConfig, mesh: "Mesh | None" = None) -> "tuple[LoadedBas
             lora=lora,
             embedding_dtype=None if config.embedding_dtype == "same" else config.embedding_dtype,
             implementation=None if config.implementation == "auto" else config.implementation,
+            sides=None if config.sides == "auto" else config.sides,
         )
         adapter = load_adapter(config.adapter, loaded.definition) if config.adapter else {}
         if mesh is None:

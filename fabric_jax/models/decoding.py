@@ -35,6 +35,7 @@ def layer_stacks(
     norms = (layers.attention_norm, attention.sub_norm, layers.mlp_norm, mlp.sub_norm)
     if (
         activation == "gelu"
+        or attention.q.options.sides is not None
         or config.qk_norm
         or config.post_norms
         or config.sliding_window is not None
@@ -47,7 +48,8 @@ def layer_stacks(
     if any(resolve(implementation, "linear", rows, one) != "triton" for one in weights):
         return None
     gains = [None if norm is None else norm.gain[...] for norm in norms]
-    assert gains[0] is not None and gains[2] is not None
+    assert gains[0] is not None
+    assert gains[2] is not None
     stacks = LayerStacks(
         **dict(zip(("q", "k", "v", "o", "gate", "up", "down"), weights, strict=True)),
         attention_gain=gains[0],

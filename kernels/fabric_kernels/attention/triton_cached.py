@@ -361,6 +361,7 @@ def _stored(x: Halves, dtype: Any, mode: Mode) -> tuple[Halves, Halves, jax.Arra
 
 
 def write_halves(ref: Ref, place: Place, halves: Halves, width: int) -> None:
+    """Stores a vector of so many channels in the dtype of an array."""
     for half, x in enumerate(halves):
         channels = lax.iota(jnp.int32, x.shape[0])
         plgpu.store(

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fabric_kernels.absmax import EPSILON
+from fabric_kernels.absmax import EPSILON, rounded
 from fabric_kernels.norm import Gate, activate
 from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul.triton_kernels import Ref, Tile, scale_at
@@ -201,7 +201,7 @@ def product_of_row(
     planes = [_long(plane, tile) for plane in codes.planes]
     y = jnp.sum(_dot(packed, planes, mode), axis=1) - codes.total
     if codes.factor is not None:
-        y = y.astype(jnp.float32) * (codes.factor(y.shape) * scale)
+        y = rounded(y.astype(jnp.float32) * (codes.factor(y.shape) * scale))
     return y.astype(dtype)
 
 
