@@ -307,6 +307,8 @@ def _half(ref: Ref, place: Place, half: int, width: int) -> jax.Array:
         ref.at[(*place[:-1], place[-1] + half * (width // 2) + channels)],
         mask=inside,
         other=jnp.zeros((), ref.dtype),
+        # In a step through all layers another program has just stored it.
+        volatile=True,
     )
     return x.astype(jnp.float32)
 

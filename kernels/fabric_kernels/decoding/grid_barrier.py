@@ -1,9 +1,10 @@
 """All programs of a launch wait for each other, without ending it.
 
 It needs all of them to run at the same time: no more programs than multiprocessors, and nothing
-else on the device that stays. A program's stores before it arrives are seen by all that have
-waited: Triton's atomics acquire and release at the scope of the device, and the barriers of a block
-extend that to its threads (PTX ISA, memory consistency model; as CUDA's cooperative groups do).
+else on the device that stays. Triton's atomics release what a program's threads have stored before
+(PTX ISA, memory consistency model: a barrier of the block, then one thread's release at the scope
+of the device). Waiting is a loop of volatile loads: an acquire in each would cost several times
+that. So what others have stored must be read by volatile loads too, past the first-level cache.
 """
 
 from typing import Any
@@ -18,8 +19,8 @@ from fabric_kernels.triton_call import Mode
 Ref = Any
 
 
-def arrive(counter: Ref, mode: Mode) -> jax.Array:
-    """Says that this program is done so far; how many arrivals there have been, int32 [].
+def arrive(counter: Ref, mode: Mode) -> None:
+    """Says that this program is done so far.
 
     Args:
         counter: int32 [1], zero at the start of the launch.
@@ -27,25 +28,27 @@ def arrive(counter: Ref, mode: Mode) -> jax.Array:
     """
     if mode == "interpret":
         # One program, which never waits.
-        return jnp.int32(0)
+        return
     plgpu.debug_barrier()
-    return plgpu.atomic_add(counter, (jnp.int32(0),), 1) + 1
+    plgpu.atomic_add(counter, (jnp.int32(0),), 1)
 
 
-def wait(counter: Ref, seen: jax.Array, arrivals: jax.Array, mode: Mode) -> None:
+def wait(counter: Ref, arrivals: jax.Array, threads: int, mode: Mode) -> None:
     """Waits until there have been so many arrivals.
 
     Args:
         counter: as for :func:`arrive`.
-        seen: what it returned.
         arrivals: int32 [].
+        threads: of a program; one of them looks.
         mode: what runs it.
     """
     if mode == "interpret":
         return
+    lanes = lax.iota(jnp.int32, threads)
+    places, first = jnp.zeros_like(lanes), lanes == 0
 
-    def again(_: jax.Array) -> jax.Array:
-        return plgpu.atomic_add(counter, (jnp.int32(0),), 0)
+    def look() -> jax.Array:
+        return jnp.max(plgpu.load(counter.at[places], mask=first, other=0, volatile=True))
 
-    lax.while_loop(lambda seen: seen < arrivals, again, seen)
+    lax.while_loop(lambda seen: seen < arrivals, lambda _: look(), look())
     plgpu.debug_barrier()

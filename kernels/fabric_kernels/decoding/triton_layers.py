@@ -29,8 +29,9 @@ from fabric_kernels.decoding.grid_barrier import arrive, wait
 from fabric_kernels.norm import Gate
 from fabric_kernels.ternary_matmul.triton_few_tokens import (
     Codes,
-    codes_of_row,
+    codes_of_floats,
     gated,
+    load_planes,
     product_of_row,
 )
 from fabric_kernels.ternary_matmul.triton_kernels import Tile, scale_at
@@ -158,13 +159,12 @@ def _program(
     stored = [at[name] for name in in_place if name.startswith("cache")]
     step = make(at=at, stored=stored, program=pl.program_id(0))
 
-    def layer(index: jax.Array, seen: jax.Array) -> jax.Array:
+    def layer(index: jax.Array, _: jax.Array) -> jax.Array:
         for number, phase in enumerate((_project, _attend, _close, _widen, _narrow)):
             arrivals = (index * PHASES + number) * step.programs
-            ready = partial(wait, at["counter"], seen, arrivals, step.mode)
-            phase(step, index, ready)
-            seen = arrive(at["counter"], step.mode)
-        return seen
+            phase(step, index, partial(wait, at["counter"], arrivals, 32 * WARPS, step.mode))
+            arrive(at["counter"], step.mode)
+        return index
 
     lax.fori_loop(0, at["q_packed"].shape[0], layer, jnp.int32(0))
 
@@ -227,8 +227,7 @@ def _widen(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
         return tuple(_load(at[f"{name}_packed"], layer, number, tile) for name in ("gate", "up"))
 
     first = load(start)
-    ready()
-    codes = _codes(step, layer, ("h", "mlp_gain"), tile)
+    codes = _codes(step, layer, ("h", "mlp_gain"), tile, ready)
     scales = [scale_at(at[f"{name}_scale"], layer) for name in ("gate", "up")]
 
     def body(turn: jax.Array, packed: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -276,8 +275,7 @@ def _products(
         _load(at[f"{name}_packed"], layer, start, tile)
         for name, start, tile in zip(names, starts, tiles, strict=True)
     ]
-    ready()
-    codes = _codes(step, layer, source, tiles[0])
+    codes = _codes(step, layer, source, tiles[0], ready)
     for i, (name, tile, target) in enumerate(zip(names, tiles, targets, strict=True)):
         scale = scale_at(at[f"{name}_scale"], layer)
         start, packed, out = starts[i], at[f"{name}_packed"], at[target]
@@ -292,7 +290,8 @@ def _products(
                 y = product_of_row(bytes_, row, scale, out.dtype, tile, step.mode)
                 where = out.at[t, outputs]
                 if add:
-                    y = y + plgpu.load(where, mask=mask, other=jnp.zeros((), out.dtype))
+                    none = jnp.zeros((), out.dtype)
+                    y = y + plgpu.load(where, mask=mask, other=none, volatile=True)
                 plgpu.store(where, y, mask=mask)
             return following
 
@@ -304,13 +303,22 @@ def _turns(step: Step, start: jax.Array, count: int) -> jax.Array:
     return (count - start + step.programs - 1) // step.programs
 
 
-def _codes(step: Step, layer: jax.Array, source: tuple[str, str], tile: Tile) -> list[Codes]:
-    """All tokens of an array, normalised where there is a gain, quantised."""
-    x, gain = source
-    refs = {"x": step.at[x]} | ({"gain": step.at[gain]} if gain in step.at else {})
+def _codes(
+    step: Step,
+    layer: jax.Array,
+    source: tuple[str, str],
+    tile: Tile,
+    ready: Callable[[], None],
+) -> list[Codes]:
+    """All tokens of an array, normalised where there is a gain, quantised, once it is ready."""
+    x, gain = step.at[source[0]], step.at.get(source[1])
     columns = lax.iota(jnp.int32, tile.w)
+    gains = None if gain is None else load_planes(gain, layer, columns)
+    ready()
     return [
-        codes_of_row(refs, (None, step.eps), (t, layer), columns, step.mode)
+        codes_of_floats(
+            load_planes(x, t, columns, volatile=True), gains, x.shape[1], step.eps, step.mode
+        )
         for t in range(step.rows)
     ]
 
@@ -332,11 +340,10 @@ def _tile(step: Step, name: str, each: int = 1) -> Tile:
     """
     _, n, width = step.at[f"{name}_packed"].shape
     w = max(128, 1 << (width - 1).bit_length())
-
-    def longest(rows: int) -> tuple[int, int]:
-        tiles = pl.cdiv(n, rows)
-        return pl.cdiv(tiles, step.programs) * rows, -rows
-
     most = max(4, min(MOST_TILE_ROWS, TILE_BYTES // (w * each)))
-    choices = [rows for rows in (4, 8, 16) if rows <= most]
-    return Tile(m=1, n=min(choices, key=longest), w=w, warps=WARPS, stages=1)
+    # By the rows of the busiest program. Low tiles are slow: a token is read for each.
+    longest = {
+        rows: pl.cdiv(pl.cdiv(n, rows), step.programs) * rows for rows in (4, 8, 16) if rows <= most
+    }
+    good = [rows for rows, count in longest.items() if count <= 1.2 * min(longest.values())]
+    return Tile(m=1, n=max(good), w=w, warps=WARPS, stages=1)

@@ -24,15 +24,32 @@ from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul.triton_kernels import Ref, Tile, scale_at
 from fabric_kernels.triton_call import Mode
 
-# Four fields times four activations each, added up. Of the four sums of a group of four elements
-# only the first is in use: the others are 0, which the compiler finds out.
+# Each works on groups of four elements, in as many registers. A word of codes has those of a byte
+# of weights; turned around, word j of a group has plane j of its four bytes, as dp4a wants them.
+_TURN = (
+    "{ .reg .b32 a, b, c, d; prmt.b32 a, $4, $5, 0x5140; prmt.b32 b, $6, $7, 0x5140;"
+    " prmt.b32 c, $4, $5, 0x7362; prmt.b32 d, $6, $7, 0x7362;"
+    " prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632;"
+    " prmt.b32 $2, c, d, 0x5410; prmt.b32 $3, c, d, 0x7632; }"
+)
+# Of four sums of a group only the first is in use: the others are 0, which the compiler finds out.
+_NONE = " mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
+# What the -1 of each code takes from the product of its field: all activations, added up.
+_LESS = (
+    "{ .reg .b32 s; dp4a.s32.s32 s, $4, 0x01010101, 0;"
+    + "".join(f" dp4a.s32.s32 s, ${4 + j}, 0x01010101, s;" for j in (1, 2, 3))
+    + " neg.s32 $0, s;"
+    + _NONE
+)
+# Four fields times four activations each, added to that.
 _DOT = (
-    "{ .reg .b32 f, s; and.b32 f, $4, 0x03030303; dp4a.s32.s32 s, f, $5, 0;"
+    "{ .reg .b32 f, s; and.b32 f, $4, 0x03030303; dp4a.s32.s32 s, f, $5, $9;"
     + "".join(
         f" shr.b32 f, $4, {2 * j}; and.b32 f, f, 0x03030303; dp4a.s32.s32 s, f, ${5 + j}, s;"
         for j in (1, 2, 3)
     )
-    + " mov.b32 $0, s; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
+    + " mov.b32 $0, s;"
+    + _NONE
 )
 
 _EPSILON_BITS = int(np.float32(EPSILON).view(np.int32))
@@ -184,13 +201,11 @@ class Codes:
     """A token as the products take it.
 
     Attributes:
-        planes: four of int8 codes [W].
-        total: their sum, int32.
+        words: int32 [W], the four int8 codes that go with a byte of weights, the first lowest.
         factor: gives what multiplies its products, in a shape; None for bare codes.
     """
 
-    planes: list[jax.Array]
-    total: jax.Array
+    words: jax.Array
     factor: Callable[[tuple[int, ...]], jax.Array] | None
 
 
@@ -198,8 +213,7 @@ def product_of_row(
     packed: jax.Array, codes: Codes, scale: jax.Array, dtype: Any, tile: Tile, mode: Mode
 ) -> jax.Array:
     """The products [tile.n] of a token and a tile of rows [tile.n, tile.w], in a dtype."""
-    planes = [_long(plane, tile) for plane in codes.planes]
-    y = jnp.sum(_dot(packed, planes, mode), axis=1) - codes.total
+    y = jnp.sum(_dot(packed, _long(codes.words, tile), mode), axis=1)
     if codes.factor is not None:
         y = rounded(y.astype(jnp.float32) * (codes.factor(y.shape) * scale))
     return y.astype(dtype)
@@ -222,33 +236,50 @@ def codes_of_row(
         columns: of bytes, W of them.
         mode: what runs it.
     """
-    k = refs["x"].shape[1]
     (t, layer), (activation, eps) = at, before
-
-    def load(name: str, j: int) -> jax.Array:
-        at, ref = CODES_PER_BYTE * columns + j, refs[name]
-        if name == "gain":
-            ref = ref.at[at] if len(ref.shape) == 1 else ref.at[layer, at]
-        else:
-            ref = ref.at[t, at]
-        return plgpu.load(ref, mask=at < k, other=jnp.zeros((), ref.dtype))
-
-    planes = [load("x", j) for j in range(CODES_PER_BYTE)]
-    factor = None
+    x = load_planes(refs["x"], t, columns)
     if refs["x"].dtype == jnp.int8:
         factor = partial(jnp.full, fill_value=refs["factors"][t]) if "factors" in refs else None
-        codes = [plane.astype(jnp.int32) for plane in planes]
-    else:
-        if activation is not None:
-            gates = [load("gate", j) for j in range(CODES_PER_BYTE)]
-            planes = [gated(g, x, activation) for g, x in zip(gates, planes, strict=True)]
-        if "gain" in refs:
-            gains = [load("gain", j) for j in range(CODES_PER_BYTE)]
-            planes = _normalise(planes, gains, k, eps)
-        codes, factor = _quantize([plane.astype(jnp.float32) for plane in planes], mode)
-    # One reduction across the program instead of four.
-    total = jnp.sum(_added(codes))
-    return Codes(planes=[plane.astype(jnp.int8) for plane in codes], total=total, factor=factor)
+        return _as_codes([plane.astype(jnp.int32) for plane in x], factor)
+    if activation is not None:
+        gates = load_planes(refs["gate"], t, columns)
+        x = [gated(g, plane, activation) for g, plane in zip(gates, x, strict=True)]
+    gain = refs.get("gain")
+    row = None if gain is None or len(gain.shape) == 1 else layer
+    gains = None if gain is None else load_planes(gain, row, columns)
+    return codes_of_floats(x, gains, refs["x"].shape[1], eps, mode)
+
+
+def load_planes(
+    ref: Ref, row: Any, columns: jax.Array, *, volatile: bool = False
+) -> list[jax.Array]:
+    """Four planes [W] of a row of an array [..., K], or of all of [K] without one."""
+    planes: list[jax.Array] = []
+    for j in range(CODES_PER_BYTE):
+        at = CODES_PER_BYTE * columns + j
+        where, other = ref.at[at] if row is None else ref.at[row, at], jnp.zeros((), ref.dtype)
+        mask = at < ref.shape[-1]
+        planes.append(plgpu.load(where, mask=mask, other=other, volatile=volatile))
+    return planes
+
+
+def codes_of_floats(
+    x: list[jax.Array], gains: list[jax.Array] | None, k: int, eps: float, mode: Mode
+) -> Codes:
+    """A token in planes, normalised where there are gains, quantised."""
+    if gains is not None:
+        x = _normalise(x, gains, k, eps)
+    codes, factor = _quantize([plane.astype(jnp.float32) for plane in x], mode)
+    return _as_codes(codes, factor)
+
+
+def _as_codes(
+    codes: list[jax.Array], factor: Callable[[tuple[int, ...]], jax.Array] | None
+) -> Codes:
+    words = codes[0] & 0xFF
+    for j in (1, 2, 3):
+        words = words | ((codes[j] & 0xFF) << (8 * j))
+    return Codes(words=words, factor=factor)
 
 
 def _added(planes: list[jax.Array]) -> jax.Array:
@@ -294,22 +325,27 @@ def _quantize(
     return codes, lambda shape: _reciprocal(scale(shape), mode)
 
 
-def _dot(v: jax.Array, x: list[jax.Array], mode: Mode) -> jax.Array:
-    """The products of four fields and their activations, added up within groups of elements."""
+def _dot(v: jax.Array, words: jax.Array, mode: Mode) -> jax.Array:
+    """Products of bytes of codes with words of activations, added up within groups of four."""
     if mode != "cuda":
         total = jnp.zeros(v.shape, jnp.int32)
         for j in range(CODES_PER_BYTE):
-            field = ((v >> (2 * j)) & 3).astype(jnp.int32)
-            total = total + field * x[j].astype(jnp.int32)
+            code = ((v >> (2 * j)) & 3).astype(jnp.int32) - 1
+            total = total + code * ((words << (24 - 8 * j)) >> 24)
         return total
-    (total,) = plgpu.elementwise_inline_asm(
-        _DOT,
-        args=[v, *x],
-        constraints=",".join(["=&r"] * 4 + ["r"] * 5),
+    planes = _asm(_TURN, 4, words)
+    return _asm(_DOT, 9, v, planes, _asm(_LESS, 4, planes))
+
+
+def _asm(text: str, inputs: int, *args: jax.Array) -> jax.Array:
+    """Int32 results, by groups of four elements in four registers."""
+    return plgpu.elementwise_inline_asm(
+        text,
+        args=list(args),
+        constraints=",".join(["=&r"] * 4 + ["r"] * inputs),
         pack=4,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(v.shape, jnp.int32)],
-    )
-    return total
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.int32)],
+    )[0]
 
 
 def _reciprocal(x: jax.Array, mode: Mode) -> jax.Array:
