@@ -346,7 +346,7 @@ def _pipeline(
                 mine = [ref.at[lax.axis_index("warpgroup")] for ref in stand_ins]
                 _interpreted_product(acc_ref, packed, codes[...], *mine)
             else:
-                plgpu.wgmma(acc_ref, _unpack(packed), plgpu.transpose_ref(codes, (1, 0)))
+                plgpu.wgmma(acc_ref, _unpack(packed), codes.transpose((1, 0)))
         # Registers of an operand may not be written before its product is done: each piece of a
         # step has its own, and the next step waits.
         plgpu.wgmma_wait(0)
@@ -424,7 +424,7 @@ def _epilogue(
             slot[...] = values.T
         else:
             values = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.transpose_ref(slot, (1, 0))[...] = values
+            slot.transpose((1, 0))[...] = values
         plgpu.commit_smem()
         outputs = pl.ds(output + warpgroup * tiles.outputs, tiles.outputs)
         plgpu.copy_smem_to_gmem(slot, out_ref.at[tokens, outputs])

@@ -332,7 +332,7 @@ def _accumulate(
             own = [ref.at[lax.axis_index("warpgroup")] for ref in stand_ins]
             _interpreted_product(acc_ref, packed[...], g[...], *own)
         else:
-            plgpu.wgmma(acc_ref, _unpack(packed, g.dtype), plgpu.transpose_ref(g, (1, 0)))
+            plgpu.wgmma(acc_ref, _unpack(packed, g.dtype), g.transpose((1, 0)))
         # All but this step's products are done: the place of the step before is free.
         plgpu.wgmma_wait(1)
 
