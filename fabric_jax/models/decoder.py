@@ -72,6 +72,9 @@ class DecoderOptions:
         loss_tile_bytes: float32 logits that exist at once; accelerators want large tiles.
         attention: ``auto``: ours; or cuDNN's flash attention, for half precision on NVIDIA GPUs:
             ``cudnn``, and ``cudnn-causal`` for rows that are one document each (no mask is read).
+        unroll: write the layers out one after another instead of looping over them. What is kept
+            for the backward pass is then left where it was computed; a loop copies it into stacks,
+            which it fills with zeros before. Faster on accelerators; compilation grows with depth.
     """
 
     mode: BaseMode = "packed"
@@ -89,6 +92,7 @@ class DecoderOptions:
     ste: SteOptions = field(default_factory=SteOptions)
     loss_tile_bytes: int = LOGITS_TILE_BYTES
     attention: AttentionChoice = "auto"
+    unroll: bool = False
 
     @property
     def frozen(self) -> bool:
@@ -215,6 +219,7 @@ class Decoder(nnx.Module):
         self.remat: Remat = options.remat
         self.frozen_linears = options.frozen
         self.loss_tile_bytes = options.loss_tile_bytes
+        self.unroll = options.unroll
         self.attention_choice: AttentionChoice = options.attention
         # The implementation is named for packed products; others have no choice of theirs.
         self.attention_runs: Implementation | None = (
@@ -318,20 +323,23 @@ class Decoder(nnx.Module):
             context = self._context(index, cache, dropout_key, adapter_ids, strength)
             return self._layer(block, h, context, positions, views, cache), None
 
+        # A loop keeps XLA from taking what is recomputed for what is there already.
+        recomputed = partial(jax.checkpoint, prevent_cse=self.unroll)
         match self.remat:
             case "none":
                 pass
             case "linears":
                 keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT, NARROW_PRODUCT)
-                body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+                body = recomputed(body, policy=keep)
             case "int8-residuals":
                 keep = jax.checkpoint_policies.save_only_these_names(INT8_RESIDUAL, NARROW_PRODUCT)
-                body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+                body = recomputed(body, policy=keep)
             case "layer":
-                body = jax.checkpoint(body, prevent_cse=False)
+                body = recomputed(body)
         h = self.embed(tokens)
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (h, cache), _ = lax.scan(body, (h, cache), (indices, (adapter, base)))
+        layers = (indices, (adapter, base))
+        (h, cache), _ = lax.scan(body, (h, cache), layers, unroll=self.unroll)
         return self.final_norm(h), cache
 
     def layer_function(
