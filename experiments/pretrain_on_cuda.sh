@@ -50,10 +50,12 @@ gap() {
     # shellcheck disable=SC2086
     one_gap tiny --tokens 3000000 --rows 32 --length 256 --vocab 4096 --dtype float32 \
         ${GAP_TINY:-} &
+    local first=$!
     # shellcheck disable=SC2086
     one_gap 30m --tokens 13000000 --rows 32 --length 512 --vocab 8192 --dtype bfloat16 \
-        ${GAP_30M:-} &
-    wait
+        ${GAP_30M:-}
+    local code=$?
+    wait $first && return $code
 }
 
 ste() {
