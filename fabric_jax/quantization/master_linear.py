@@ -173,8 +173,13 @@ def _product_bwd(
     how: _How, residuals: _Residuals, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     like, (x_codes, x_scale, w_codes, w_scale), weight = residuals
-    scaled = (g.astype(jnp.float32) * w_scale.T).astype(g.dtype)
-    dx = _dot(scaled, w_codes.astype(g.dtype), 0, jnp.float32).astype(like.dtype)
+    if w_scale.ndim:
+        scaled = (g.astype(jnp.float32) * w_scale.T).astype(g.dtype)
+        dx = _dot(scaled, w_codes.astype(g.dtype), 0, jnp.float32)
+    else:
+        # One scale may follow the sums: it costs no scaled copy of g, and no rounding.
+        dx = _dot(g, w_codes.astype(g.dtype), 0, jnp.float32) * w_scale
+    dx = dx.astype(like.dtype)
     values = (x_codes.astype(jnp.float32) / x_scale).astype(like.dtype)
     dw = _general(g, values, (((0,), (0,)), ((), ())), jnp.float32)
     if weight is not None:
