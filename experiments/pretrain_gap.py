@@ -8,8 +8,8 @@ that ends at a tenth of its peak. Held-out files give bits per byte.
     PYTHONPATH=.:kernels python3 -m experiments.pretrain_gap --model bitnet-30m --tokens 13000000 \
         --rows 32 --length 512 --dtype bfloat16 --out gap-30m.json --figure gap-30m.png
 
-On an H100 the two runs take about a minute and a half. The small model, there or in half an hour on
-two CPU cores:
+On an H100 the two runs take about a minute and a half. The record is written after each of them.
+The small model:
 
     PYTHONPATH=.:kernels python3 -m experiments.pretrain_gap --model bitnet-tiny --tokens 3000000 \
         --rows 8 --length 256 --vocab 4096 --dtype float32 --out gap-tiny.json --figure gap-tiny.png
@@ -24,14 +24,19 @@ from typing import Any
 
 from rich.console import Console
 
+from experiments.arguments import add_settings
+from experiments.stdlib_corpus import shared_corpus
 from fabric_jax.data.config import DataConfig
 from fabric_jax.data.stdlib import STDLIB
 from fabric_jax.files import new_file, write_json
 from fabric_jax.measurement.device import device_facts
+from fabric_jax.models.registry import get_config
 from fabric_jax.quantization.ste_options import SteOptions
 from fabric_jax.training.config import OptimizerConfig, PretrainConfig
 from fabric_jax.training.loop import pretrain
 from fabric_jax.training.metrics import METRICS
+from fabric_jax.training.pretrain import SAMPLES
+from fabric_jax.training.recipes import resolve
 
 POINTS = 200
 """Of a curve in the record, each the mean of the steps around it."""
@@ -52,6 +57,7 @@ class Settings:
         held_out: share of the documents to evaluate on.
         ternary_rate: peak of the first stage; 0 for the published one.
         dense_rate: peak.
+        samples: texts that each model writes after an evaluation.
         seed: of weights and order.
     """
 
@@ -65,16 +71,17 @@ class Settings:
     held_out: float = 0.05
     ternary_rate: float = 0.0
     dense_rate: float = 1e-3
+    samples: int = 0
     seed: int = 0
 
 
-def config(settings: Settings, folder: str) -> PretrainConfig:
-    """The ternary model's run; outputs and the tokenised corpus lie in ``folder``."""
+def config(settings: Settings, folder: str, corpus: str) -> PretrainConfig:
+    """The ternary model's run, its output in ``folder``; ``corpus`` is where the text lies."""
     dtype: Any = settings.dtype
     return PretrainConfig(
         model=settings.model,
         output=str(Path(folder) / "ternary"),
-        corpus=str(Path(folder) / "corpus"),
+        corpus=corpus,
         train_tokenizer=settings.vocab,
         dataset=DataConfig(
             data=STDLIB,
@@ -91,7 +98,7 @@ def config(settings: Settings, folder: str) -> PretrainConfig:
         log_every=max(1, steps(settings) // POINTS),
         tensorboard=False,
         dtype=dtype,
-        samples=1,
+        samples=settings.samples,
         sample_prompt="def ",
         seed=settings.seed,
     )
@@ -140,7 +147,7 @@ def measure(cell: PretrainConfig) -> dict[str, Any]:
     output = Path(cell.output)
     lines = [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
     per_step = cell.dataset.batch_size * cell.dataset.max_length * cell.accumulation
-    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    resolved = resolve(cell, get_config(cell.model).parameters)
     return {
         "loss": [[line["step"] * per_step, round(line["loss"], 4)] for line in lines],
         "held_out": [
@@ -153,9 +160,15 @@ def measure(cell: PretrainConfig) -> dict[str, Any]:
         "parameters": summary.parameters,
         "tokens_per_second": summary.tokens_per_second,
         "seconds": summary.seconds,
-        "optimizer": asdict(cell.optimizer),
-        "last_sample": samples[-1]["text"],
+        "optimizer": asdict(resolved.optimizer),
+        **last_sample(output / SAMPLES),
     }
+
+
+def last_sample(path: Path) -> dict[str, str]:
+    """What the model wrote last, where it was asked to."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {"last_sample": json.loads(lines[-1])["text"]} if lines else {}
 
 
 def gap(results: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -191,29 +204,33 @@ def draw(record: dict[str, Any], path: str) -> None:
 
 
 def main() -> None:
-    """Trains both and writes one record, and a figure where one is asked for."""
+    """Trains both; one record, written after each, and a figure where one is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--figure", default="")
     parser.add_argument("--folder", default="", help="keep the runs here")
-    for name, value in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    add_settings(parser, Settings())
     given = vars(parser.parse_args())
     settings = Settings(**{name: given[name] for name in asdict(Settings())})
-    with tempfile.TemporaryDirectory() as temporary:
-        base = config(settings, given["folder"] or temporary)
-        results = {name: measure(cell) for name, cell in cells(base, settings).items()}
-    record = {
+    corpus = shared_corpus(vocab=settings.vocab, held_out=settings.held_out)
+    record: dict[str, Any] = {
         "experiment": "pretrain_gap",
         "settings": asdict(settings),
-        "gap": gap(results),
+        "corpus": corpus.digest[:16],
+        "gap": None,
         "device": device_facts().to_dict(),
-        "results": results,
+        "results": {},
     }
-    write_json(given["out"], record)
+    with tempfile.TemporaryDirectory() as temporary:
+        base = config(settings, given["folder"] or temporary, str(corpus.folder))
+        for name, cell in cells(base, settings).items():
+            record["results"][name] = measure(cell)
+            if len(record["results"]) == 2:
+                record["gap"] = gap(record["results"])
+            write_json(given["out"], record)
+    print(settings.model, json.dumps(record["gap"], indent=2))
     if given["figure"]:
         draw(record, given["figure"])
-    print(json.dumps(record["gap"], indent=2))
 
 
 if __name__ == "__main__":

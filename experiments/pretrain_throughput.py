@@ -4,13 +4,16 @@ Each variant is one compiled optimizer step on random tokens: ``dense`` (no quan
 ``ternary-float`` (codes multiplied as bfloat16) and ``ternary-int8`` (codes multiplied as int8, the
 same sums). FLOPs are counted as by PaLM (arXiv:2204.02311, appendix B), whatever is multiplied in
 which precision: ``6 N + 12 L T D`` a token, N the weights that are multiplied, head included;
-utilisation is of the bfloat16 peak. PyTorch runs in processes of its own, before.
+utilisation is of the bfloat16 peak. PyTorch runs in processes of its own, before. The layers are
+compiled one after another and nothing is recomputed: 17 GiB at the default size. The record is
+written anew after each result, so that a run that is stopped leaves what it has.
 
     PYTHONPATH=.:kernels python3 -m experiments.pretrain_throughput --out throughput.json
 
-Attention is cuDNN's; ``--attention auto`` takes our own kernels.
+Attention is cuDNN's; ``--attention auto`` takes our own kernels, and a variant that cuDNN refuses
+is measured with those too.
 
-On one H100 about two minutes, most of it compilation.
+On one H100 about a minute a variant, most of it compilation.
 """
 
 import argparse
@@ -19,12 +22,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from experiments.arguments import add_settings
 from fabric_jax.data.batch import Batch
 from fabric_jax.files import write_json
 from fabric_jax.layers.attention import AttentionChoice
@@ -40,10 +46,12 @@ from fabric_jax.training.recipes import recipe_optimizer
 from fabric_jax.training.step import init_state, make_train_step
 
 VARIANTS: dict[str, SteOptions] = {
+    "ternary-int8": SteOptions(product="int8"),
     "dense": SteOptions(weights="none"),
     "ternary-float": SteOptions(),
-    "ternary-int8": SteOptions(product="int8"),
 }
+TORCH_SECONDS = 240
+"""That a run of PyTorch may take, compilation included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +64,12 @@ class Settings:
         rows: of a step.
         length: positions in a row.
         steps: timed ones.
-        warmup: steps before them.
+        warmup: steps before them, at least one.
         dtype: of activations.
         remat: what the backward pass recomputes.
         attention: cuDNN's without a mask, which is what PyTorch runs too; auto on CPU.
         tile_mib: logits that exist at once.
+        unroll: layers one after another instead of a loop.
         peak_tflops: of the device, dense bfloat16; 989 for H100 and H200 SXM by data sheet.
     """
 
@@ -71,9 +80,10 @@ class Settings:
     steps: int = 20
     warmup: int = 3
     dtype: str = "bfloat16"
-    remat: Remat = "linears"
+    remat: Remat = "none"
     attention: AttentionChoice = "cudnn-causal"
     tile_mib: int = 512
+    unroll: bool = True
     peak_tflops: float = 989.0
 
 
@@ -88,10 +98,10 @@ def chosen_model(settings: Settings) -> ModelConfig:
     return replace(get_config(settings.model), vocab_size=settings.vocab_size)
 
 
-def measure(variant: str, settings: Settings) -> dict[str, Any]:
-    """Seconds of each step of a variant, and what XLA plans for it."""
-    model, ste = chosen_model(settings), VARIANTS[variant]
-    options = DecoderOptions(
+def decoder_options(variant: str, settings: Settings) -> DecoderOptions:
+    """How a variant is stored and computed."""
+    ste = VARIANTS[variant]
+    return DecoderOptions(
         mode="master",
         dtype=settings.dtype,
         embedding_dtype="float32",
@@ -101,8 +111,14 @@ def measure(variant: str, settings: Settings) -> dict[str, Any]:
         ste=ste,
         attention=settings.attention,
         loss_tile_bytes=settings.tile_mib << 20,
+        unroll=settings.unroll,
     )
-    definition = define_decoder(model, options)
+
+
+def measure(variant: str, settings: Settings) -> dict[str, Any]:
+    """Seconds of each step of a variant, and what XLA plans for it."""
+    model = chosen_model(settings)
+    definition = define_decoder(model, decoder_options(variant, settings))
     optimizer = make_optimizer(recipe_optimizer("scratch", model.parameters), 10_000)
     state = init_state(initialize_base(definition, 0), optimizer)
     key = jax.random.key(1)
@@ -111,22 +127,35 @@ def measure(variant: str, settings: Settings) -> dict[str, Any]:
     step = make_train_step(definition, optimizer, trains="base")
     compiled = step.lower(state, {}, batch, key).compile()
     compile_seconds = time.perf_counter() - start
-    seconds: list[float] = []
-    losses: list[float] = []
-    for number in range(settings.warmup + settings.steps):
-        start = time.perf_counter()
-        state, metrics = compiled(state, {}, batch, key)
-        losses.append(float(metrics.loss))
-        if number >= settings.warmup:
-            seconds.append(time.perf_counter() - start)
     memory = compiled_memory(compiled)
-    del state
+    losses, seconds = timed(compiled, state, batch, key, settings)
     return rates(seconds, model, settings) | {
         "compile_seconds": round(compile_seconds, 1),
         "compiled_bytes": memory.total,
+        "attention": settings.attention,
         "loss_first": losses[0],
         "loss_last": losses[-1],
     }
+
+
+def timed(
+    compiled: Any, state: Any, batch: Batch, key: jax.Array, settings: Settings
+) -> tuple[list[float], list[float]]:
+    """The losses of all steps, and the time between two of the timed ones.
+
+    As in the training loop, a step's loss is read while the next one runs.
+    """
+    losses: list[float] = []
+    ends: list[float] = []
+    pending: Any = None
+    for _ in range(settings.warmup + settings.steps + 1):
+        state, metrics = compiled(state, {}, batch, key)
+        if pending is not None:
+            losses.append(float(pending.loss))
+            ends.append(time.perf_counter())
+        pending = metrics
+    ends = ends[settings.warmup - 1 :]
+    return losses, [end - begin for begin, end in pairwise(ends)]
 
 
 def random_batch(settings: Settings) -> Batch:
@@ -174,42 +203,63 @@ def measure_torch(settings: Settings, *, compiled: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "experiments.peers.torch_pretrain"]
     command += [word for name, value in words.items() for word in (f"--{name}", str(value))]
     command += ["--compile"] if compiled else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=TORCH_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"took more than {TORCH_SECONDS} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     record = json.loads(done.stdout.strip().splitlines()[-1])
     return rates(record.pop("seconds"), model, settings) | record
 
 
+def measure_all(
+    settings: Settings, variants: Sequence[str], *, torch: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each result with its name as it comes; what a device can't run is a result too."""
+    if torch:
+        for name, compiled in (("torch", False), ("torch-compiled", True)):
+            yield name, measure_torch(settings, compiled=compiled)
+    for variant in variants:
+        found = measure_or_say(variant, settings)
+        yield variant, found
+        if "error" in found and settings.attention != "auto":
+            own = replace(settings, attention="auto")
+            yield f"{variant}-own-attention", measure_or_say(variant, own)
+
+
+def measure_or_say(variant: str, settings: Settings) -> dict[str, Any]:
+    """The measurements, or the error."""
+    try:
+        return measure(variant, settings)
+    except Exception as error:  # XLA's errors have no class of their own
+        return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+
+
 def main() -> None:
-    """Measures PyTorch, then every variant, and writes one record."""
+    """Measures PyTorch, then every variant; the record grows with each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--no-torch", action="store_true")
-    for name, value in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    add_settings(parser, Settings())
     given = vars(parser.parse_args())
     settings = Settings(**{name: given[name] for name in asdict(Settings())})
     results: dict[str, Any] = {}
-    if not given["no_torch"]:
-        for name, compiled in (("torch", False), ("torch-compiled", True)):
-            results[name] = measure_torch(settings, compiled=compiled)
-            print(name, json.dumps(results[name]), flush=True)
-    for variant in given["variants"]:
-        try:
-            results[variant] = measure(variant, settings)
-        except Exception as error:  # what a device can't run is a result too
-            results[variant] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-        print(variant, json.dumps(results[variant]), flush=True)
-    record = {
-        "experiment": "pretrain_throughput",
-        "settings": asdict(settings),
-        "flops_per_token": flops_per_token(chosen_model(settings), settings.length),
-        "results": results,
-        "device": device_facts().to_dict(),
-    }
-    write_json(given["out"], record)
+    for name, found in measure_all(settings, given["variants"], torch=not given["no_torch"]):
+        print(name, json.dumps(found), flush=True)
+        results[name] = found
+        record = {
+            "experiment": "pretrain_throughput",
+            "settings": asdict(settings),
+            "flops_per_token": flops_per_token(chosen_model(settings), settings.length),
+            "results": results,
+        }
+        # Asking for the device takes it, which PyTorch must not find taken.
+        device = {} if name.startswith("torch") else device_facts().to_dict()
+        write_json(given["out"], record | {"device": device})
 
 
 if __name__ == "__main__":

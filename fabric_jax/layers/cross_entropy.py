@@ -77,7 +77,8 @@ def _loss(
         total: jax.Array, tile: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
         logits = _logits(how, tile[0], multiplied)
-        return total + _tile_loss(logits, *tile[1:], how.z_loss), None
+        normaliser = _normalised(logits)[2]
+        return total + _tile_loss(logits, normaliser, *tile[1:], how.z_loss), None
 
     tiles = _tiles(how, hidden, targets, weights, head.shape[0])
     return lax.scan(add, jnp.float32(0), tiles)[0]
@@ -94,11 +95,12 @@ def _loss_fwd(
         total, d_head = carry
         x, y, w = tile
         logits = _logits(how, x, multiplied)
-        total = total + _tile_loss(logits, y, w, how.z_loss)
-        shares = jax.nn.softmax(logits, axis=-1)
+        # Largest logit and sum are for both, loss and gradient: a tile is read no oftener.
+        exponentials, sums, normaliser = _normalised(logits)
+        total = total + _tile_loss(logits, normaliser, y, w, how.z_loss)
+        shares = exponentials / sums[:, None]
         if how.z_loss:
-            normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-            shares = shares * (1 + 2 * how.z_loss * normaliser)
+            shares = shares * (1 + 2 * how.z_loss * normaliser[:, None])
         d_logits = shares - jax.nn.one_hot(y, head.shape[0])
         d_logits = (d_logits * w[:, None]).astype(x.dtype)
         if train_head:
@@ -153,11 +155,22 @@ def _transposed(how: _How, d_logits: jax.Array, head: _Head) -> jax.Array:
     return table_matmul_transposed(d_logits, head)
 
 
+def _normalised(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``exp(z - max z)`` [tile, V], its sums [tile], and ``logsumexp(z)`` [tile]."""
+    largest = jnp.max(logits, axis=-1)
+    exponentials = jnp.exp(logits - largest[:, None])
+    sums = jnp.sum(exponentials, axis=-1)
+    return exponentials, sums, largest + jnp.log(sums)
+
+
 def _tile_loss(
-    logits: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float
+    logits: jax.Array,
+    normaliser: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float,
 ) -> jax.Array:
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
     losses = normaliser - chosen
     if z_loss:
         losses = losses + z_loss * jnp.square(normaliser)

@@ -83,6 +83,9 @@ class DecoderOptions:
             the products alone differ between implementations, and their exact sums are comparable.
         attention: ``auto``: ours; or cuDNN's flash attention, for half precision on NVIDIA GPUs:
             ``cudnn``, and ``cudnn-causal`` for rows that are one document each (no mask is read).
+        unroll: write the layers out one after another instead of looping over them. What is kept
+            for the backward pass is then left where it was computed; a loop copies it into stacks,
+            which it fills with zeros before. Faster on accelerators; compilation grows with depth.
     """
 
     mode: BaseMode = "packed"
@@ -100,7 +103,11 @@ class DecoderOptions:
     ste: SteOptions = field(default_factory=SteOptions)
     loss_tile_bytes: int = LOGITS_TILE_BYTES
     attention: AttentionChoice = "auto"
+<<<<<<< HEAD
     sides: SideImplementation | None = None
+=======
+    unroll: bool = False
+>>>>>>> h-c
 
     @property
     def frozen(self) -> bool:
@@ -228,6 +235,7 @@ class Decoder(nnx.Module):
         self.remat: Remat = options.remat
         self.frozen_linears = options.frozen
         self.loss_tile_bytes = options.loss_tile_bytes
+        self.unroll = options.unroll
         self.attention_choice: AttentionChoice = options.attention
         # The implementation is named for packed products; others have no choice of theirs.
         self.attention_runs: Implementation | None = options.sides or (
@@ -331,17 +339,19 @@ class Decoder(nnx.Module):
             context = self._context(index, cache, dropout_key, adapter_ids, strength)
             return self._layer(block, h, context, positions, views, cache), None
 
+        # A loop keeps XLA from taking what is recomputed for what is there already.
+        recomputed = partial(jax.checkpoint, prevent_cse=self.unroll)
         match self.remat:
             case "none":
                 pass
             case "linears":
                 keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT, NARROW_PRODUCT)
-                body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+                body = recomputed(body, policy=keep)
             case "int8-residuals":
                 keep = jax.checkpoint_policies.save_only_these_names(INT8_RESIDUAL, NARROW_PRODUCT)
-                body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+                body = recomputed(body, policy=keep)
             case "layer":
-                body = jax.checkpoint(body, prevent_cse=False)
+                body = recomputed(body)
         h = self.embed(tokens)
         if cache is not None and tokens.shape[1] == 1 and not adapter:
             stacks = layer_stacks(self.layers, self.config, cache, len(tokens))
@@ -350,7 +360,8 @@ class Decoder(nnx.Module):
                 h, cache = decode_layers(h, stacks, cache, positions, angles=angles, scale=scale)
                 return self.final_norm(h), cache
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (h, cache), _ = lax.scan(body, (h, cache), (indices, (adapter, base)))
+        layers = (indices, (adapter, base))
+        (h, cache), _ = lax.scan(body, (h, cache), layers, unroll=self.unroll)
         return self.final_norm(h), cache
 
     def layer_function(

@@ -7,7 +7,7 @@ scales constant (``bitnet`` of transformers; Bengio et al. 2013, arXiv:1308.3432
 """
 
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -138,22 +138,26 @@ _Codes = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 def _of_codes(
     x: jax.Array, weight: jax.Array, name: str, ste: SteOptions, key: jax.Array | None
 ) -> jax.Array:
-    stopped = lax.stop_gradient((x, weight))
+    # As a matrix: XLA's GPU compiler fuses scales and rounding with a product of matrices alone,
+    # and sums would otherwise be written in 32 bits and read again.
+    rows = x.reshape(-1, x.shape[-1])
+    stopped = lax.stop_gradient((rows, weight))
     x_codes, x_scale = activation_codes(stopped[0], name, ste)
     w_codes, w_scale = weight_codes(stopped[1], ste, key)
     dtype = jnp.int8 if ste.product == "int8" else x.dtype
     codes = (x_codes.astype(dtype), x_scale, w_codes.astype(dtype), w_scale)
-    return _product((ste.product, ste.weight_gradient == "clipped"), x, weight, codes)
+    how: _How = (ste.product, ste.weight_gradient == "clipped")
+    y = cast(jax.Array, _product(how, rows, weight, codes))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how: _How, x: jax.Array, weight: jax.Array, codes: _Codes) -> jax.Array:
-    """The scaled product of the codes; ``x`` and ``weight`` are there for their gradients."""
+    """The scaled product [m, n] of codes; ``x`` [m, k] and ``weight`` are there for gradients."""
     del weight
     x_codes, x_scale, w_codes, w_scale = codes
     sums = _dot(x_codes, w_codes, 1, jnp.int32 if how[0] == "int8" else jnp.float32)
-    by_output = w_scale if w_scale.ndim == 0 else _by_output(w_scale, x.ndim)
-    return scale_sums(sums, x_scale, by_output).astype(x.dtype)
+    return scale_sums(sums, x_scale, w_scale.T).astype(x.dtype)
 
 
 _Residuals = tuple[jax.Array, _Codes, jax.Array | None]
@@ -170,12 +174,15 @@ def _product_bwd(
     how: _How, residuals: _Residuals, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     like, (x_codes, x_scale, w_codes, w_scale), weight = residuals
-    by_output = w_scale if w_scale.ndim == 0 else _by_output(w_scale, g.ndim)
-    scaled = (g.astype(jnp.float32) * by_output).astype(g.dtype)
-    dx = _dot(scaled, w_codes.astype(g.dtype), 0, jnp.float32).astype(like.dtype)
+    if w_scale.ndim:
+        scaled = (g.astype(jnp.float32) * w_scale.T).astype(g.dtype)
+        dx = _dot(scaled, w_codes.astype(g.dtype), 0, jnp.float32)
+    else:
+        # One scale may follow the sums: it costs no scaled copy of g, and no rounding.
+        dx = _dot(g, w_codes.astype(g.dtype), 0, jnp.float32) * w_scale
+    dx = dx.astype(like.dtype)
     values = (x_codes.astype(jnp.float32) / x_scale).astype(like.dtype)
-    rows = tuple(range(g.ndim - 1))
-    dw = _general(g, values, ((rows, rows), ((), ())), jnp.float32)
+    dw = _general(g, values, (((0,), (0,)), ((), ())), jnp.float32)
     if weight is not None:
         dw = jnp.where(jnp.abs(weight) <= w_scale, dw, 0.0)
     return dx, dw, None
@@ -230,12 +237,9 @@ def _towards(
 
 def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
     """``x · W^T`` with the weight in the dtype of ``x``, summed in float32."""
-    return _dot(x, weight.astype(x.dtype), 1, jnp.float32).astype(x.dtype)
-
-
-def _by_output(scale: jax.Array, ndim: int) -> jax.Array:
-    """A scale [n, 1] as [1, ..., n], for outputs of ``ndim`` axes."""
-    return scale.reshape((1,) * (ndim - 1) + (-1,))
+    rows = x.reshape(-1, x.shape[-1])
+    y = _dot(rows, weight.astype(x.dtype), 1, jnp.float32).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _dot(x: jax.Array, weight: jax.Array, axis: int, dtype: jnp.dtype | type) -> jax.Array:

@@ -234,6 +234,8 @@ class PretrainConfig(RunConfig):
         attention: auto: our own. cudnn: cuDNN's, for bfloat16 on NVIDIA GPUs; cudnn-causal reads
             no mask, for stream without document_mask.
         loss_tile_mib: logits that exist at once, MiB; 0: 8 on CPU, 512 on accelerators.
+        unroll: compile the layers one after another instead of as a loop: a faster step on
+            accelerators, more memory under remat none, compilation that grows with depth.
     """
 
     model: str
@@ -255,6 +257,7 @@ class PretrainConfig(RunConfig):
     sample_prompt: str = ""
     attention: AttentionChoice = "auto"
     loss_tile_mib: int = 0
+    unroll: bool = False
 
     def __post_init__(self) -> None:
         """Refuses numbers that can't be meant."""

@@ -137,6 +137,7 @@ def training_options(config: PretrainConfig, source: ModelSource | None) -> Deco
         ste=config.ste,
         attention=config.attention,
         loss_tile_bytes=MIB * _tile_mib(config),
+        unroll=config.unroll,
     )
 
 

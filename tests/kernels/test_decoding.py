@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def step_by_step(
             return Prologue(gain=None if stack is None else stack[layer], eps=stacks.eps, **more)
 
         qkv = run(h, [own[name] for name in "qkv"], prologue=gain(stacks.attention_gain))
-        q, k, v = (cast(jax.Array, y).reshape(batch, 1, -1, width) for y in qkv)
+        q, k, v = (y.reshape(batch, 1, -1, width) for y in qkv)
         attended, cache = cached_attention(
             *(q, k, v, cache, layer, positions), angles=angles, implementation=implementation
         )

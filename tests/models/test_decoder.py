@@ -179,15 +179,20 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig) -> Non
     assert float(decoder.loss(hidden, targets, weights)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_rematerialisation_changes_no_gradient() -> None:
+def test_neither_rematerialisation_nor_unrolling_changes_a_gradient() -> None:
     """Without codes, which fusion may move, gradients differ by rounding alone."""
     key = jax.random.key(0)
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     batch = (sample(8), positions, jnp.ones((B, T), jnp.int32))
-    gradients = []
-    for option in ("none", "linears", "layer"):
+    gradients: list[Any] = []
+    operations: dict[tuple[str, bool], float] = {}
+    for option, unroll in (
+        *(("none", False), ("linears", False), ("layer", False)),
+        *(("none", True), ("layer", True)),
+    ):
+        options: dict[str, Any] = {"remat": option, "unroll": unroll, "act_quant": "none"}
         lora = LoraConfig(rank=2, dropout=0.4)
-        definition, base = build(BITNET, lora=lora, remat=option, act_quant="none")
+        definition, base = build(BITNET, lora=lora, **options)
         adapter = jax.tree.map(lambda a: a + 0.05, initialize_adapter(definition, 1))
 
         def loss(adapter: Any, base: Any, definition: DecoderDefinition = definition) -> jax.Array:
@@ -195,7 +200,12 @@ def test_rematerialisation_changes_no_gradient() -> None:
             hidden = decoder(*batch, key)
             return decoder.loss(hidden, sample(9), jnp.ones((B, T), jnp.float32))
 
-        gradients.append(jax.jit(jax.grad(loss))(adapter, base))
+        compiled = jax.jit(jax.grad(loss)).lower(adapter, base).compile()
+        gradients.append(compiled(adapter, base))
+        costs: Any = compiled.cost_analysis()
+        operations[option, unroll] = costs["flops"]
+    # Nothing that is to be recomputed is taken for what is there already.
+    assert operations["layer", True] > 1.1 * operations["none", True]
     for kept, *recomputed in zip(*map(jax.tree.leaves, gradients), strict=True):
         bound = 2e-5 * float(jnp.abs(kept).max())
         for found in recomputed:

@@ -224,7 +224,8 @@ def _widen(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
     start = step.program
 
     def load(number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return tuple(_load(at[f"{name}_packed"], layer, number, tile) for name in ("gate", "up"))
+        gate, up = (_load(at[f"{name}_packed"], layer, number, tile) for name in ("gate", "up"))
+        return gate, up
 
     first = load(start)
     codes = _codes(step, layer, ("h", "mlp_gain"), tile, ready)
