@@ -103,11 +103,8 @@ class DecoderOptions:
     ste: SteOptions = field(default_factory=SteOptions)
     loss_tile_bytes: int = LOGITS_TILE_BYTES
     attention: AttentionChoice = "auto"
-<<<<<<< HEAD
     sides: SideImplementation | None = None
-=======
     unroll: bool = False
->>>>>>> h-c
 
     @property
     def frozen(self) -> bool:
