@@ -158,6 +158,7 @@ class DecodingStep:
         new: the same, as they are written.
         shared: query heads of a key/value head.
         factor: on scores, for powers of two.
+        tile_elements: of keys at a time.
     """
 
     q: Callable[[Any], tuple[Ref, Place]]
@@ -168,6 +169,7 @@ class DecodingStep:
     new: Sequence[Ref]
     shared: int
     factor: float
+    tile_elements: int = TILE_ELEMENTS
 
 
 def attend_and_store(
@@ -201,8 +203,9 @@ def attend_and_store(
     value = _stored(_halves(*step.v(head), width), dtype, mode)
 
     stop = jnp.minimum(position, end)
-    tiles = partial(_tile, step.stored, at, (start, stop), queries, width, step.factor)
-    tile, none = _tile_slots(width), [_nothing(width) for _ in queries]
+    tile = max(16, step.tile_elements // (2 * _power(width // 2)))
+    tiles = partial(_tile, step.stored, at, (start, stop), queries, (tile, width), step.factor)
+    none = [_nothing(width) for _ in queries]
     sums = lax.fori_loop(start // tile, pl.cdiv(stop, tile), tiles, none)
     is_new = has_new & (position < slots)
     sums = [
@@ -225,13 +228,13 @@ def _tile(
     at: Place,
     bounds: tuple[jax.Array, jax.Array],
     queries: Sequence[Halves],
-    width: int,
+    sizes: tuple[int, int],
     factor: float,
     index: jax.Array,
     sums: list[Sums],
 ) -> list[Sums]:
     """The sums with a tile of slots added."""
-    tile = _tile_slots(width)
+    tile, width = sizes
     slots = index * tile + lax.iota(jnp.int32, tile)
     seen = (slots >= bounds[0]) & (slots < bounds[1])
 
@@ -289,10 +292,6 @@ def _score(query: Halves, key: Halves, factor: float) -> jax.Array:
 def _each(call: Callable[..., jax.Array], *halves: Halves) -> Halves:
     """``call`` of the first halves, and of the second."""
     return call(*(one[0] for one in halves)), call(*(one[1] for one in halves))
-
-
-def _tile_slots(width: int) -> int:
-    return max(16, TILE_ELEMENTS // (2 * _power(width // 2)))
 
 
 def _power(size: int) -> int:

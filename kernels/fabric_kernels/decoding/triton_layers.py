@@ -39,10 +39,14 @@ from fabric_kernels.triton_call import Mode
 
 Ref = Any
 PHASES = 5
-WARPS = 16
-TILE_BYTES = 64 * 32 * WARPS
-"""Of weights in a tile at most: 64 to a thread."""
+WARPS = 8
+THREAD_BYTES = 64
+"""Of weights in a tile at most."""
 MOST_TILE_ROWS = 16
+DEPTH = 2
+"""Tiles of a matrix on their way while one is multiplied."""
+ATTENTION_ELEMENTS = 16384
+"""Of keys at a time: a program of this launch has more threads than one of attention alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +211,7 @@ def _attend(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
             new=step.stored,
             shared=step.heads // step.kv_heads,
             factor=step.factor,
+            tile_elements=ATTENTION_ELEMENTS,
         )
         bounds = (at["positions"][row, 0], jnp.int32(0), jnp.int32(slots))
         (sums,) = attend_and_store(one, (layer, row, query), 1, bounds, True, step.mode)
@@ -223,28 +228,30 @@ def _widen(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
     tile = _tile(step, "gate", each=2)
     start = step.program
 
-    def load(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def load(turn: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        number = start + turn * step.programs
         gate, up = (_load(at[f"{name}_packed"], layer, number, tile) for name in ("gate", "up"))
         return gate, up
 
-    first = load(start)
+    ahead = [load(turn) for turn in range(DEPTH)]
     codes = _codes(step, layer, ("h", "mlp_gain"), tile, ready)
     scales = [scale_at(at[f"{name}_scale"], layer) for name in ("gate", "up")]
 
-    def body(turn: jax.Array, packed: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        number = start + turn * step.programs
-        following = load(number + step.programs)
-        outputs = number * tile.n + lax.iota(jnp.int32, tile.n)
+    def body(
+        turn: jax.Array, ahead: list[tuple[jax.Array, jax.Array]]
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        following = load(turn + DEPTH)
+        outputs = (start + turn * step.programs) * tile.n + lax.iota(jnp.int32, tile.n)
         for t, own in enumerate(codes):
             gate, up = (
                 product_of_row(bytes_, own, scale, at["middle"].dtype, tile, step.mode)
-                for bytes_, scale in zip(packed, scales, strict=True)
+                for bytes_, scale in zip(ahead[0], scales, strict=True)
             )
             y = gated(gate, up, step.activation)
             plgpu.store(at["middle"].at[t, outputs], y, mask=outputs < n)
-        return following
+        return [*ahead[1:], following]
 
-    lax.fori_loop(0, _turns(step, start, pl.cdiv(n, tile.n)), body, first)
+    lax.fori_loop(0, _turns(step, start, pl.cdiv(n, tile.n)), body, ahead)
 
 
 # ---- products -----------------------------------------------------------------------------------
@@ -272,31 +279,47 @@ def _products(
         lax.rem(step.program + (-sum(counts[:i]) % step.programs), jnp.int32(step.programs))
         for i in range(len(names))
     ]
-    first = [
-        _load(at[f"{name}_packed"], layer, start, tile)
+    loads = [
+        partial(_load_turn, step, at[f"{name}_packed"], layer, start, tile)
         for name, start, tile in zip(names, starts, tiles, strict=True)
     ]
+    first = [[load(turn) for turn in range(DEPTH)] for load in loads]
     codes = _codes(step, layer, source, tiles[0], ready)
     for i, (name, tile, target) in enumerate(zip(names, tiles, targets, strict=True)):
-        scale = scale_at(at[f"{name}_scale"], layer)
-        start, packed, out = starts[i], at[f"{name}_packed"], at[target]
+        scale, out = scale_at(at[f"{name}_scale"], layer), at[target]
+        body = partial(_tile_of_products, step, (loads[i], starts[i], tile), codes, scale, out, add)
+        lax.fori_loop(0, _turns(step, starts[i], counts[i]), body, first[i])
 
-        def body(turn: jax.Array, bytes_: jax.Array, own: Any = (packed, out, tile, start, scale)):
-            packed, out, tile, start, scale = own
-            number = start + turn * step.programs
-            following = _load(packed, layer, number + step.programs, tile)
-            outputs = number * tile.n + lax.iota(jnp.int32, tile.n)
-            mask = outputs < out.shape[1]
-            for t, row in enumerate(codes):
-                y = product_of_row(bytes_, row, scale, out.dtype, tile, step.mode)
-                where = out.at[t, outputs]
-                if add:
-                    none = jnp.zeros((), out.dtype)
-                    y = y + plgpu.load(where, mask=mask, other=none, volatile=True)
-                plgpu.store(where, y, mask=mask)
-            return following
 
-        lax.fori_loop(0, _turns(step, start, counts[i]), body, first[i])
+def _tile_of_products(
+    step: Step,
+    source: tuple[Callable[[jax.Array], jax.Array], jax.Array, Tile],
+    codes: list[Codes],
+    scale: jax.Array,
+    out: Ref,
+    add: bool,
+    turn: jax.Array,
+    ahead: list[jax.Array],
+) -> list[jax.Array]:
+    """The first of the tiles that are ahead is multiplied, one more is asked for."""
+    load, start, tile = source
+    following = load(turn + DEPTH)
+    outputs = (start + turn * step.programs) * tile.n + lax.iota(jnp.int32, tile.n)
+    mask = outputs < out.shape[1]
+    for t, row in enumerate(codes):
+        y = product_of_row(ahead[0], row, scale, out.dtype, tile, step.mode)
+        where = out.at[t, outputs]
+        if add:
+            none = jnp.zeros((), out.dtype)
+            y = y + plgpu.load(where, mask=mask, other=none, volatile=True)
+        plgpu.store(where, y, mask=mask)
+    return [*ahead[1:], following]
+
+
+def _load_turn(
+    step: Step, packed: Ref, layer: jax.Array, start: jax.Array, tile: Tile, turn: jax.Array | int
+) -> jax.Array:
+    return _load(packed, layer, start + turn * step.programs, tile)
 
 
 def _turns(step: Step, start: jax.Array, count: int) -> jax.Array:
@@ -341,10 +364,10 @@ def _tile(step: Step, name: str, each: int = 1) -> Tile:
     """
     _, n, width = step.at[f"{name}_packed"].shape
     w = max(128, 1 << (width - 1).bit_length())
-    most = max(4, min(MOST_TILE_ROWS, TILE_BYTES // (w * each)))
+    most = max(4, min(MOST_TILE_ROWS, THREAD_BYTES * 32 * WARPS // (w * each)))
     # By the rows of the busiest program. Low tiles are slow: a token is read for each.
     longest = {
         rows: pl.cdiv(pl.cdiv(n, rows), step.programs) * rows for rows in (4, 8, 16) if rows <= most
     }
-    good = [rows for rows, count in longest.items() if count <= 1.2 * min(longest.values())]
+    good = [rows for rows, count in longest.items() if count <= 1.1 * min(longest.values())]
     return Tile(m=1, n=max(good), w=w, warps=WARPS, stages=1)
