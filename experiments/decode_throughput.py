@@ -35,8 +35,8 @@ from fabric_jax.errors import FabricError
 from fabric_jax.files import write_json
 from fabric_jax.generation.config import GenerationConfig
 from fabric_jax.generation.generator import Generator, bucket, make_generator
-from fabric_jax.generation.programs import Weights
 from fabric_jax.generation.sampling import sampling_of
+from fabric_jax.generation.state import Weights
 from fabric_jax.layers.kv_cache import empty_cache
 from fabric_jax.measurement.device import device_facts
 from fabric_jax.measurement.timing import summarize

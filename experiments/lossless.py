@@ -1,8 +1,12 @@
 """Does any kernel or format change what a model says, against the float32 reference?
 
-The reference multiplies by float32 master weights, with no packed byte anywhere. KL divergence is
-taken in float64 from float32 logits; the published figure (2.95e-4) compares two backends through
-logits stored in 16 bits, whose own floor is of that size.
+The reference multiplies by float32 master weights, with no packed byte anywhere, and is XLA's
+throughout. Products of the same integers are the same numbers in every implementation, rounded
+alike (``fabric_kernels.absmax``): with ``sides=xla`` nothing else differs, and KL must be 0. Norms,
+gates and attention of another implementation (``sides=own``) sum in another order; where a model
+amplifies a changed last bit, as random weights do, codes turn and it shows. KL divergence is taken
+in float64 from float32 logits; the published figure (2.95e-4) compares two backends through logits
+stored in 16 bits, whose own floor is of that size.
 
     fabric-jax sweep experiments.lossless --platform cpu --out DIR
     fabric-jax sweep experiments.lossless --platform cuda --out DIR
@@ -33,6 +37,8 @@ class Config:
 
     Attributes:
         implementation: of the packed products.
+        sides: what runs norms, gates and attention: ``own`` is what goes with the implementation,
+            ``xla`` what the reference has, so that the products alone can differ.
         packing: of the weights.
         dtype: of activations.
         embedding: how embedding and head are stored.
@@ -45,6 +51,7 @@ class Config:
     """
 
     implementation: str = "xla"
+    sides: Literal["own", "xla"] = "own"
     packing: Literal["ternary2", "ternary1.6"] = "ternary2"
     dtype: Literal["float32", "bfloat16"] = "float32"
     embedding: Literal["float32", "float16", "int8", "int4"] = "float32"
@@ -62,9 +69,10 @@ def config() -> Config:
 
 def cells(base: Config) -> list[Config]:
     kernels = [
-        replace(base, implementation=name, packing=packing)
+        replace(base, implementation=name, packing=packing, sides=sides)
         for name in ("xla", "cpu", "triton", "mosaic_gpu", "tuned")
         for packing in ("ternary2", "ternary1.6")
+        for sides in (("own",) if name == "xla" else ("own", "xla"))
     ]
     formats = [
         replace(base, embedding="float16"),
@@ -89,13 +97,17 @@ def measure(cell: Config) -> dict[str, Any]:
         raise NotOnThisPlatform(f"{cell.implementation} does not run on {platform}")
     from fabric_jax.checkpoints.loading import load_base
     from fabric_jax.conversion.damage import Run, measure_damage
+    from fabric_jax.models.decoder import define_decoder
 
     loaded = load_base(
         cell.model, mode="master", dtype="float32", implementation="xla", seed=cell.seed
     )
-    rows = token_rows(cell, loaded.definition.config.vocab_size, loaded.tokenizer_source)
+    reference = define_decoder(
+        loaded.definition.config, replace(loaded.definition.options, sides="xla")
+    )
+    rows = token_rows(cell, reference.config.vocab_size, loaded.tokenizer_source)
     other = variant(cell, loaded.definition, loaded.base)
-    found = measure_damage(Run(loaded.definition, loaded.base, {}), Run(*other, {}), rows).to_dict()
+    found = measure_damage(Run(reference, loaded.base, {}), Run(*other, {}), rows).to_dict()
     del found["perplexity_base"]
     ratio = found["perplexity_after"] / found["perplexity_before"]
     return found | {"perplexity_ratio": ratio, "implementation": cell.implementation}
@@ -116,6 +128,7 @@ def variant(cell: Config, definition: Any, base: Any) -> tuple[Any, Any]:
     options = replace(
         packed.options,
         implementation=cell.implementation,
+        sides=None if cell.sides == "own" else cell.sides,
         dtype=cell.dtype,
         embedding_dtype=cell.embedding,
         act_quant=cell.act_quant,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fabric_kernels.ternary_matmul import Implementation
+from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
 from numpy.typing import ArrayLike
 
@@ -28,6 +29,9 @@ from fabric_jax.generation.text import TextStream, tokens_until_stop
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, define_decoder
 from fabric_jax.models.initialize import Tree
+from fabric_jax.models.on_mesh import place_base
+from fabric_jax.parallel.mesh import named_mesh
+from fabric_jax.parallel.placement import ROWS, WHOLE, assembling, base_specs, place_whole, shape_of
 from fabric_jax.quantization.absmax import ActQuant
 
 AdapterName = str | None
@@ -64,6 +68,7 @@ class Model:
         tokenizer_source: the model's own tokenizer, as ``load_tokenizer`` takes it.
         adapter_names: of the stack's adapters, as they were named to ``load_model``.
         own_tokenizer: in place of the one that ``tokenizer_source`` names.
+        mesh: the devices that the trees lie on, the base cut along them; None for one device.
     """
 
     definition: DecoderDefinition
@@ -72,6 +77,7 @@ class Model:
     tokenizer_source: str = ""
     adapter_names: tuple[str, ...] = ()
     own_tokenizer: Tokenizer | None = None
+    mesh: Mesh | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -90,7 +96,7 @@ class Model:
 
         Raises:
             FabricError: several adapters, not integers of shape [B, T], longer than the model
-                allows, or an id outside the vocabulary.
+                allows, an id outside the vocabulary, or a B that the mesh doesn't divide.
         """
         if self.adapter_names:
             raise FabricError(
@@ -109,6 +115,8 @@ class Model:
                 expected=f"at most {self.config.max_length}",
             )
         check_ids(ids, self.config.vocab_size, "the batch")
+        if self.mesh is not None:
+            shape_of(self.mesh).require_rows(ids.shape[0])
         return self._logits(self.frozen, self.adapter, jnp.asarray(ids, jnp.int32))
 
     def generate(
@@ -227,18 +235,28 @@ class Model:
 
     @cached_property
     def _generator(self) -> Generator:
-        return make_generator(self.definition)
+        return make_generator(self.definition, self.mesh)
 
     @cached_property
     def _logits(self) -> Callable[[Tree, Tree, jax.Array], jax.Array]:
-        @jax.jit
+        mesh, definition = self.mesh, self.definition
+        if mesh is not None:
+            definition = definition.on_mesh(shape_of(mesh))
+
         def logits(frozen: Tree, adapter: Tree, tokens: jax.Array) -> jax.Array:
-            decoder = self.definition.bind(frozen, adapter)
+            decoder = definition.bind(frozen, adapter)
             row = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
             positions = jnp.broadcast_to(row, tokens.shape)
             return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
 
-        return cast(Callable[[Tree, Tree, jax.Array], jax.Array], logits)
+        if mesh is None:
+            return jax.jit(logits)
+        ternary = definition.options.mode != "float"
+        specs = base_specs(self.frozen, shape_of(mesh), ternary=ternary)
+        mapped = jax.shard_map(
+            logits, mesh=mesh, in_specs=(specs, WHOLE, ROWS), out_specs=ROWS, check_vma=False
+        )
+        return jax.jit(mapped)
 
 
 @dataclass(kw_only=True)
@@ -356,6 +374,7 @@ def load_model(
     embedding_dtype: TableDtype | None = None,
     implementation: Implementation | None = None,
     seed: int = 0,
+    mesh: str = "",
 ) -> Model:
     """Loads a model, with an adapter if one is named.
 
@@ -377,35 +396,49 @@ def load_model(
             None for ``dtype``.
         implementation: of the products with packed weights; None picks.
         seed: of random weights.
+        mesh: how many devices lie along data, fsdp and tensor, as in ``data=4,tensor=2``: rows of
+            batches are cut along data and fsdp, packed weights along fsdp and tensor. Results are
+            those of one device, on which the model is where no mesh is named.
 
     Raises:
-        FabricError: the source or the adapter is missing, damaged or of another model.
+        FabricError: the source or the adapter is missing, damaged or of another model, or there
+            are other devices than the mesh says.
     """
     several = adapter is not None and not isinstance(adapter, str | Path)
     one = None if several else cast(str | Path | None, adapter)
     lora = None if one is None else read_lora_config(one, source)
-    form = weights_form(weights)
-    loaded = load_base(
-        source,
-        mode=form.mode,
-        packing=form.packing,
-        float_format=form.float_format,
-        dtype=dtype,
-        act_quant=act_quant,
-        seed=seed,
-        lora=lora,
-        embedding_dtype=embedding_dtype,
-        implementation=implementation,
-    )
-    if several:
-        return _with_adapters(loaded, cast(Sequence[str | Path], adapter))
-    tree = {} if one is None else load_adapter(one, loaded.definition)
-    return Model(
-        definition=loaded.definition,
-        frozen=loaded.base,
-        adapter=tree,
-        tokenizer_source=loaded.tokenizer_source,
-    )
+    form, devices = weights_form(weights), named_mesh(mesh)
+    with assembling(1 if devices is None else devices.size):
+        loaded = load_base(
+            source,
+            mode=form.mode,
+            packing=form.packing,
+            float_format=form.float_format,
+            dtype=dtype,
+            act_quant=act_quant,
+            seed=seed,
+            lora=lora,
+            embedding_dtype=embedding_dtype,
+            implementation=implementation,
+        )
+        if several:
+            return _on_mesh(_with_adapters(loaded, cast(Sequence[str | Path], adapter)), devices)
+        tree = {} if one is None else load_adapter(one, loaded.definition)
+        model = Model(
+            definition=loaded.definition,
+            frozen=loaded.base,
+            adapter=tree,
+            tokenizer_source=loaded.tokenizer_source,
+        )
+        return _on_mesh(model, devices)
+
+
+def _on_mesh(model: Model, mesh: Mesh | None) -> Model:
+    """The model with its trees on the devices of a mesh."""
+    if mesh is None:
+        return model
+    base = place_base(model.frozen, model.definition, mesh)
+    return replace(model, frozen=base, adapter=place_whole(model.adapter, mesh), mesh=mesh)
 
 
 def _with_adapters(loaded: LoadedBase, paths: Sequence[str | Path]) -> Model:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from fabric_kernels import Packing
-from fabric_kernels.ternary_matmul import GradientBits, Implementation
+from fabric_kernels.ternary_matmul import GradientBits, Implementation, SideImplementation
 from jax.typing import DTypeLike
 
 from fabric_jax.checkpoints.assemble import assemble_base, in_form
@@ -89,6 +89,7 @@ def load_base(
     gradient_bits: GradientBits = 16,
     packing: Packing = "ternary2",
     float_format: FloatFormat = "same",
+    sides: SideImplementation | None = None,
 ) -> LoadedBase:
     """Loads or makes the base of a model, on the default device.
 
@@ -108,6 +109,7 @@ def load_base(
         gradient_bits: of the backward product through packed weights on CPU.
         packing: layout of packed weights, whatever the one they are stored in.
         float_format: of linears in the mode ``float`` in memory, whatever the one in the source.
+        sides: what runs norms, gates and attention; None: what goes with ``implementation``.
 
     Raises:
         FabricError: the source is none of these, is damaged, or can't be had in that mode.
@@ -122,6 +124,7 @@ def load_base(
         gradient_bits=gradient_bits,
         packing=packing,
         float_format=float_format,
+        sides=sides,
     )
     if str(source) in REGISTRY:
         config = REGISTRY[str(source)]

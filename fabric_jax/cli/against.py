@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from fabric_jax.evaluation import Divergence, Run
 
 CHANGEABLE = (
-    *("model", "adapter", "weights", "dtype", "embedding_dtype", "act_quant", "implementation"),
+    *("model", "adapter", "weights", "dtype", "embedding_dtype", "act_quant"),
+    *("implementation", "sides"),
 )
 
 

@@ -9,6 +9,8 @@ from fabric_jax.data.config import DataConfig, LongRows, TrainOn
 from fabric_jax.errors import FabricError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from fabric_jax.checkpoints.loading import LoadedBase
     from fabric_jax.data.batch import Batch
     from fabric_jax.data.load import EvaluationData
@@ -48,8 +50,13 @@ class EvaluateConfig:
             else per_token.
         embedding_dtype: of embedding and head in memory; same is dtype.
         implementation: of the products with packed weights; auto picks.
+        sides: what runs norms, gates and attention; auto: what goes with the implementation. With
+            one and the same, implementations of the products differ in nothing.
         against: what the second model has instead: model=, adapter= (none for none), weights=,
-            dtype=, embedding-dtype=, act-quant= or implementation=, as in implementation=xla.
+            dtype=, embedding-dtype=, act-quant=, implementation= or sides=, as in
+            implementation=xla.
+        mesh: how many devices lie along data, fsdp and tensor, as in data=4,tensor=2; rows are cut
+            along data and fsdp, packed weights along fsdp and tensor. Empty: one device.
         seed: of random base weights.
         json: file to write the figures to.
     """
@@ -70,9 +77,23 @@ class EvaluateConfig:
     act_quant: ActQuantChoice = "auto"
     embedding_dtype: TableDtype = "same"
     implementation: ImplementationChoice = "auto"
+    sides: Literal["auto", "xla", "cpu"] = "auto"
     against: tuple[str, ...] = ()
+    mesh: str = ""
     seed: int = 0
     json: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuses what a mesh can't do."""
+        if not self.mesh:
+            return
+        from fabric_jax.parallel.mesh import parse_mesh
+
+        parse_mesh(self.mesh, None).require_rows(self.batch_size)
+        if self.against:
+            raise FabricError(
+                "two models are compared on one device", fix="Leave out --mesh, or --against"
+            )
 
     @property
     def dataset(self) -> DataConfig:
@@ -100,9 +121,11 @@ def run(arguments: Sequence[str]) -> int:
     dataset = config.dataset
     from fabric_jax.cli.against import changed_config, run_against
     from fabric_jax.evaluation import Run
+    from fabric_jax.parallel.mesh import named_mesh
 
     changed = changed_config(config)
-    loaded, adapter = load(config)
+    mesh = named_mesh(config.mesh)
+    loaded, adapter = load(config, mesh)
     tokenizer = load_tokenizer(
         config.tokenizer or loaded.tokenizer_source, chat_template=config.chat_template or None
     )
@@ -111,7 +134,7 @@ def run(arguments: Sequence[str]) -> int:
     print(data.summary)
     if config.against:
         return run_against(config, changed, Run(loaded.definition, loaded.base, adapter), data)
-    comparison = _compare(config, loaded, adapter, tokenizer, data)
+    comparison = _compare(config, loaded, adapter, tokenizer, data, mesh)
     if config.json:
         from fabric_jax.files import write_json
 
@@ -120,26 +143,36 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def load(config: EvaluateConfig) -> "tuple[LoadedBase, Tree]":
-    """The model and its adapter, an empty one where none is named."""
+def load(config: EvaluateConfig, mesh: "Mesh | None" = None) -> "tuple[LoadedBase, Tree]":
+    """The model and its adapter, an empty one where none is named; on a mesh where one is given."""
+    from dataclasses import replace
+
     from fabric_jax.checkpoints.adapters import load_adapter, read_lora_config
     from fabric_jax.checkpoints.loading import load_base, weights_form
+    from fabric_jax.models.on_mesh import place_base
+    from fabric_jax.parallel.placement import assembling, place_whole
 
     form = weights_form(config.weights)
     lora = read_lora_config(config.adapter, config.model) if config.adapter else None
-    loaded = load_base(
-        config.model,
-        mode=form.mode,
-        packing=form.packing,
-        float_format=form.float_format,
-        dtype=config.dtype,
-        act_quant=None if config.act_quant == "auto" else config.act_quant,
-        seed=config.seed,
-        lora=lora,
-        embedding_dtype=None if config.embedding_dtype == "same" else config.embedding_dtype,
-        implementation=None if config.implementation == "auto" else config.implementation,
-    )
-    return loaded, load_adapter(config.adapter, loaded.definition) if config.adapter else {}
+    with assembling(1 if mesh is None else mesh.size):
+        loaded = load_base(
+            config.model,
+            mode=form.mode,
+            packing=form.packing,
+            float_format=form.float_format,
+            dtype=config.dtype,
+            act_quant=None if config.act_quant == "auto" else config.act_quant,
+            seed=config.seed,
+            lora=lora,
+            embedding_dtype=None if config.embedding_dtype == "same" else config.embedding_dtype,
+            implementation=None if config.implementation == "auto" else config.implementation,
+            sides=None if config.sides == "auto" else config.sides,
+        )
+        adapter = load_adapter(config.adapter, loaded.definition) if config.adapter else {}
+        if mesh is None:
+            return loaded, adapter
+        base = place_base(loaded.base, loaded.definition, mesh)
+        return replace(loaded, base=base), place_whole(adapter, mesh)
 
 
 def _check_fit(config: EvaluateConfig, loaded: "LoadedBase", tokenizer: "Tokenizer") -> None:
@@ -165,6 +198,7 @@ def _compare(
     adapter: "Tree",
     tokenizer: "Tokenizer",
     data: "EvaluationData",
+    mesh: "Mesh | None",
 ) -> "Comparison":
     """Measures, saying on a terminal how far it is."""
     from rich.console import Console
@@ -190,6 +224,7 @@ def _compare(
             labelled=asked,
             by="generation" if config.by == "none" else config.by,
             batch_size=config.batch_size,
+            mesh=mesh,
         )
 
 

@@ -55,6 +55,8 @@ class GenerateConfig:
         act_quant: quantiser of the inputs of ternary linears; auto: what the model was saved with,
             else per_token.
         implementation: of the products with packed weights; auto picks.
+        mesh: how many devices lie along data, fsdp and tensor, as in data=4,tensor=2; rows are cut
+            along data and fsdp, packed weights along fsdp and tensor. Empty: one device.
     """
 
     model: str = field(metadata={"positional": True})
@@ -83,6 +85,7 @@ class GenerateConfig:
     weights: WeightsChoice = "auto"
     act_quant: ActQuantChoice = "auto"
     implementation: ImplementationChoice = "auto"
+    mesh: str = ""
 
     def __post_init__(self) -> None:
         """Refuses what contradicts itself."""
@@ -94,6 +97,12 @@ class GenerateConfig:
             raise FabricError(
                 "log-probabilities are written to a file", fix="Give --prompts, --out"
             )
+        if self.mesh:
+            from fabric_jax.parallel.mesh import parse_mesh
+
+            shape = parse_mesh(self.mesh, None)
+            if self.prompts:
+                shape.require_rows(self.batch_size)
 
     @property
     def options(self) -> "GenerationOptions":
@@ -145,6 +154,7 @@ def load(config: GenerateConfig) -> "Model":
             embedding_dtype=None if config.embedding_dtype == "same" else config.embedding_dtype,
             implementation=None if config.implementation == "auto" else config.implementation,
             seed=config.seed,
+            mesh=config.mesh,
         )
         source = config.tokenizer or model.tokenizer_source
         tokenizer = load_tokenizer(source, chat_template=config.chat_template or None)

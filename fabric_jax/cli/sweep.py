@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="", metavar="DIR", help="where records are kept; needed")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time")
     parser.add_argument(
+        "--devices",
+        default="",
+        metavar="I,J,...",
+        help="GPUs to use at once, --jobs cells on each; a cell sees one",
+    )
+    parser.add_argument(
         "--rerun",
         choices=("none", "failed", "stale", "all"),
         default="none",
@@ -91,6 +97,7 @@ def _options(given: argparse.Namespace) -> "SweepOptions":
         out=given.out,
         overrides=tuple(given.words[1:]),
         jobs=given.jobs,
+        devices=tuple(given.devices.split(",")) if given.devices else (),
         rerun=given.rerun,
         timeout=given.timeout,
         memory_gib=given.memory_gib,

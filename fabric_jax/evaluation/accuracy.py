@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+from jax.sharding import Mesh
 
 from fabric_jax.data.tokenize_rows import LabelledRow
 from fabric_jax.data.tokenizer import Tokenizer
 from fabric_jax.errors import FabricError, unknown_name
 from fabric_jax.evaluation.classification import Classification, classify, first_word
-from fabric_jax.evaluation.likelihood import make_scorer
+from fabric_jax.evaluation.likelihood import Scorer, make_scorer
 from fabric_jax.evaluation.questions import TokenizedQuestion, class_names, make_questions
 from fabric_jax.generation.config import GenerationConfig
-from fabric_jax.generation.generator import make_generator
+from fabric_jax.generation.generator import Generator, make_generator
 from fabric_jax.generation.prompts import decode_continuation
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
@@ -55,10 +56,12 @@ def make_accuracy_task(
     *,
     by: AnswerBy = "generation",
     batch_size: int = 8,
+    mesh: Mesh | None = None,
 ) -> AccuracyTask:
     """``(base, adapter) -> TaskAccuracy`` on these rows; tokenises and compiles once.
 
-    Classes are those that occur in the rows.
+    Classes are those that occur in the rows. On the devices of a ``mesh`` the trees lie there, the
+    base cut along it.
 
     Raises:
         FabricError: no labelled rows, fewer than two classes, a row too long for the model, an
@@ -72,21 +75,21 @@ def make_accuracy_task(
     questions = make_questions(rows, labels, tokenizer, definition.config.max_length)
     size = min(batch_size, len(questions))
     if by == "generation":
-        return _by_generation(definition, tokenizer, questions, _first_words(labels), size)
-    return _by_likelihood(definition, questions, labels, by, size)
+        generator = make_generator(definition, mesh)
+        return _by_generation(generator, tokenizer, questions, _first_words(labels), size)
+    return _by_likelihood(make_scorer(definition, mesh), questions, labels, by, size)
 
 
 def _by_generation(
-    definition: DecoderDefinition,
+    generator: Generator,
     tokenizer: Tokenizer,
     questions: Sequence[TokenizedQuestion],
     words: dict[str, str],
     batch_size: int,
 ) -> AccuracyTask:
-    generator = make_generator(definition)
     contexts = [question.context for question in questions]
     needed = max(len(rest) for question in questions for rest in question.continuations)
-    room = definition.config.max_length - max(map(len, contexts))
+    room = generator.config.max_length - max(map(len, contexts))
     settings = GenerationConfig(
         max_new_tokens=min(needed + EXTRA_TOKENS, room),
         stop_tokens=tokenizer.stop_ids,
@@ -106,13 +109,12 @@ def _by_generation(
 
 
 def _by_likelihood(
-    definition: DecoderDefinition,
+    score: Scorer,
     questions: Sequence[TokenizedQuestion],
     labels: tuple[str, ...],
     by: AnswerBy,
     batch_size: int,
 ) -> AccuracyTask:
-    score = make_scorer(definition)
     pairs = [(question.context, rest) for question in questions for rest in question.continuations]
     lengths = np.asarray([len(rest) for _, rest in pairs]).reshape(len(questions), -1)
 

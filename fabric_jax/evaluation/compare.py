@@ -47,8 +47,8 @@ def compare(
     """Measures perplexity on ``batches`` [B, T] and task accuracy on ``labelled``.
 
     The base is the same compiled program with an adapter of zeros, so nothing but the adapter
-    differs. An empty ``adapter`` measures the base alone. Perplexity is computed on the devices of
-    ``mesh`` where one is given, with ``base`` cut along it; accuracy then is not.
+    differs. An empty ``adapter`` measures the base alone. With a ``mesh`` of several devices the
+    trees lie there, ``base`` cut along it.
 
     Raises:
         FabricError: as ``evaluate_perplexity`` and ``make_accuracy_task``.
@@ -60,7 +60,9 @@ def compare(
         perplexities = evaluate_perplexities(step, base, adapters, batches)
     accuracies: list[TaskAccuracy] | list[None] = [None] * len(adapters)
     if labelled:
-        task = make_accuracy_task(definition, tokenizer, labelled, by=by, batch_size=batch_size)
+        task = make_accuracy_task(
+            definition, tokenizer, labelled, by=by, batch_size=batch_size, mesh=mesh
+        )
         accuracies = [task(base, tree) for tree in adapters]
     evaluations = [
         Evaluation(perplexity=perplexity, accuracy=accuracy)

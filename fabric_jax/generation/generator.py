@@ -7,16 +7,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
 
 from fabric_jax.errors import FabricError
 from fabric_jax.generation.config import GenerationConfig
-from fabric_jax.generation.programs import Program, Weights, make_decode, make_prefill
+from fabric_jax.generation.on_mesh import CACHE_ROWS
+from fabric_jax.generation.programs import Program, make_decode, make_prefill
 from fabric_jax.generation.session import Batch, Cached, Generated, Session, Stats, pad_right
+from fabric_jax.generation.state import Weights
 from fabric_jax.layers.kv_cache import KVCache, empty_cache
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
+from fabric_jax.parallel.placement import shape_of
 
 __all__ = ["Cached", "Generator", "bucket", "check_ids", "make_generator", "pad_right"]
 
@@ -30,12 +35,17 @@ Watch = Callable[[int, tuple[int, ...]], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """The programs of one model; each is compiled once for a batch, prompt bucket and capacity."""
+    """The programs of one model; each is compiled once for a batch, prompt bucket and capacity.
+
+    On a mesh of several devices base and adapter lie there, and a batch is filled up with empty
+    rows to what the devices divide.
+    """
 
     config: ModelConfig
     dtype: str
     prefill: Program
     decode: Program
+    mesh: Mesh | None = None
 
     def __call__(
         self,
@@ -69,8 +79,9 @@ class Generator:
         results: dict[int, Generated] = {}
         for start in range(0, len(rows), max(size, 1)):
             members = by_length[start : start + size]
-            weights = _weights(base, adapter, adapter_ids, members, size)
-            batch = self._batch([rows[i] for i in members], members, size, settings)
+            filled = filled_rows(size, self.mesh)
+            weights = _weights(base, adapter, adapter_ids, members, filled)
+            batch = self._batch([rows[i] for i in members], members, filled, settings)
             session = self._session(weights, batch, settings)
             session.start(self._empty(batch, settings))
             _run(session, members, watch)
@@ -98,8 +109,9 @@ class Generator:
         """
         row = self.check([prompt], settings)[0]
         ids = None if adapter_id is None else [adapter_id]
-        weights = _weights(base, adapter, ids, [0], 1)
-        batch = self._batch([row], [0], 1, settings)
+        filled = filled_rows(1, self.mesh)
+        weights = _weights(base, adapter, ids, [0], filled)
+        batch = self._batch([row], [0], filled, settings)
         if cached is None or row.size + settings.max_new_tokens > cached.cache.capacity:
             session = self._session(weights, batch, settings)
             session.start(self._empty(batch, settings))
@@ -173,23 +185,45 @@ class Generator:
             self.config.num_kv_heads,
             self.config.head_dim,
             settings.cache_dtype or self.dtype,
+            self.mesh,
         )
 
 
-@partial(jax.jit, static_argnums=range(6))
+@partial(jax.jit, static_argnums=range(7))
 def _empty_cache(
-    layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: str
+    layers: int,
+    batch: int,
+    capacity: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    mesh: Mesh | None,
 ) -> KVCache:
-    return empty_cache(layers, batch, capacity, kv_heads, head_dim, dtype)
+    cache = empty_cache(layers, batch, capacity, kv_heads, head_dim, dtype)
+    if mesh is None:
+        return cache
+    return lax.with_sharding_constraint(cache, NamedSharding(mesh, CACHE_ROWS))
 
 
-def make_generator(definition: DecoderDefinition) -> Generator:
-    """The generator of a model; keep it, since what it compiles lives as long as it does."""
+def filled_rows(rows: int, mesh: Mesh | None) -> int:
+    """``rows``, filled up to what the devices of a mesh divide."""
+    parts = 1 if mesh is None else shape_of(mesh).row_shards
+    return -(-rows // parts) * parts
+
+
+def make_generator(definition: DecoderDefinition, mesh: Mesh | None = None) -> Generator:
+    """The generator of a model; keep it, since what it compiles lives as long as it does.
+
+    Args:
+        definition: of the decoder.
+        mesh: of several devices, along which the base is cut (``models.on_mesh``); None for one.
+    """
     return Generator(
         config=definition.config,
         dtype=jnp.dtype(definition.options.dtype).name,
-        prefill=make_prefill(definition),
-        decode=make_decode(definition),
+        prefill=make_prefill(definition, mesh),
+        decode=make_decode(definition, mesh),
+        mesh=mesh,
     )
 
 

@@ -8,8 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int32
 
+from fabric_jax.generation.on_mesh import (
+    CACHE_ROWS,
+    agreed_tokens,
+    any_row,
+    of_rows,
+    over_devices,
+    state_specs,
+    weights_specs,
+)
 from fabric_jax.generation.sampling import (
     Method,
     Sampling,
@@ -17,53 +27,10 @@ from fabric_jax.generation.sampling import (
     penalize,
     token_log_probs,
 )
+from fabric_jax.generation.state import DecodeState, Weights
 from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.models.decoder import DecoderDefinition
-from fabric_jax.models.initialize import Tree
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class DecodeState:
-    """A batch in the middle of generation. S is the capacity of the cache.
-
-    Attributes:
-        cache: keys and values of the positions below ``lengths``.
-        lengths: positions of each row that the cache holds.
-        last: the token of each row that comes next into the cache.
-        generated: new tokens, from the left; 0 after a row's end.
-        counts: new tokens of each row, a stop token included.
-        done: rows that have met a stop token, or never began.
-        step: decode steps done.
-        log_probs: of the new tokens, nats; None where nobody asked.
-        seen: tokens of the prompt and the answer; None without a repetition penalty.
-    """
-
-    cache: KVCache
-    lengths: Int32[Array, "B"]
-    last: Int32[Array, "B"]
-    generated: Int32[Array, "B S"]
-    counts: Int32[Array, "B"]
-    done: Bool[Array, "B"]
-    step: Int32[Array, ""]
-    log_probs: Float32[Array, "B S"] | None = None
-    seen: Bool[Array, "B V"] | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """What a program computes with.
-
-    Attributes:
-        base: the base tree.
-        adapter: the adapter tree, or a stack of several.
-        adapter_ids: of such a stack, the number of each row's, int32 [B]; else None.
-    """
-
-    base: Tree
-    adapter: Tree
-    adapter_ids: jax.Array | None = None
+from fabric_jax.parallel.placement import ROWS, WHOLE, shape_of
 
 
 @dataclass(kw_only=True)
@@ -92,7 +59,7 @@ class Program:
         return self.compiled[key](*arguments)
 
 
-def make_prefill(definition: DecoderDefinition) -> Program:
+def make_prefill(definition: DecoderDefinition, mesh: Mesh | None = None) -> Program:
     """``(weights, cache, prompts[B, T], starts[B], lengths[B], seen, *, slots, log_probs)``.
 
     Returns the state before the first decode step. ``prompts`` are the tokens from position
@@ -102,10 +69,12 @@ def make_prefill(definition: DecoderDefinition) -> Program:
     are in one program. What padding writes into the cache lies beyond the row's length and is
     overwritten before a query may see it. The cache is donated; no prompt reaches beyond ``slots``
     of it. ``seen`` goes into the state.
-    """
 
-    @partial(jax.jit, static_argnames=("slots", "log_probs"), donate_argnums=(1,))
-    def prefill(
+    With a ``mesh`` of several devices the base is cut along it, and B is divided by their rows.
+    """
+    own = definition if mesh is None else definition.on_mesh(shape_of(mesh))
+
+    def read(
         weights: Weights,
         cache: KVCache,
         prompts: Int32[Array, "B T"],
@@ -116,36 +85,69 @@ def make_prefill(definition: DecoderDefinition) -> Program:
         slots: int,
         log_probs: bool,
     ) -> DecodeState:
-        batch, width = prompts.shape
-        positions = starts[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
-        _, cache = definition.bind(weights.base, weights.adapter).extend(
+        positions = starts[:, None] + jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :]
+        _, cache = own.bind(weights.base, weights.adapter).extend(
             prompts, positions, cache, slots=slots, adapter_ids=weights.adapter_ids
         )
-        before_last = jnp.maximum(lengths - 1, 0)
-        shape = (batch, cache.capacity)
-        return DecodeState(
-            cache=cache,
-            lengths=starts + before_last,
-            last=jnp.take_along_axis(prompts, before_last[:, None], axis=1)[:, 0],
-            generated=jnp.zeros(shape, jnp.int32),
-            counts=jnp.zeros(batch, jnp.int32),
-            done=lengths == 0,
-            step=jnp.int32(0),
-            log_probs=jnp.zeros(shape, jnp.float32) if log_probs else None,
-            seen=seen,
-        )
+        return _unbegun(cache, prompts, starts, lengths, seen, log_probs=log_probs)
+
+    @partial(jax.jit, static_argnames=("slots", "log_probs"), donate_argnums=(1,))
+    def prefill(
+        weights: Weights,
+        cache: KVCache,
+        *rows: Any,
+        slots: int,
+        log_probs: bool,
+    ) -> DecodeState:
+        program = partial(read, slots=slots, log_probs=log_probs)
+        if mesh is None:
+            return program(weights, cache, *rows)
+        of_weights = weights_specs(weights, definition, mesh)
+        of_cache = jax.tree.map(lambda _: CACHE_ROWS, cache)
+        shapes = jax.eval_shape(partial(_unbegun, log_probs=log_probs), cache, *rows)
+        specs = (of_weights, of_cache, *of_rows(rows))
+        return over_devices(program, mesh, specs, state_specs(shapes))(weights, cache, *rows)
 
     return Program(function=prefill)
 
 
-def make_decode(definition: DecoderDefinition) -> Program:
+def _unbegun(
+    cache: KVCache,
+    prompts: jax.Array,
+    starts: jax.Array,
+    lengths: jax.Array,
+    seen: jax.Array | None,
+    *,
+    log_probs: bool,
+) -> DecodeState:
+    """The state of prompts whose tokens but the last are in the cache."""
+    batch = prompts.shape[0]
+    before_last = jnp.maximum(lengths - 1, 0)
+    shape = (batch, cache.capacity)
+    return DecodeState(
+        cache=cache,
+        lengths=starts + before_last,
+        last=jnp.take_along_axis(prompts, before_last[:, None], axis=1)[:, 0],
+        generated=jnp.zeros(shape, jnp.int32),
+        counts=jnp.zeros(batch, jnp.int32),
+        done=lengths == 0,
+        step=jnp.int32(0),
+        log_probs=jnp.zeros(shape, jnp.float32) if log_probs else None,
+        seen=seen,
+    )
+
+
+def make_decode(definition: DecoderDefinition, mesh: Mesh | None = None) -> Program:
     """``(weights, state, keys[B], sampling, stops[N], limit[], ended[B], *, method) -> state``.
 
     Runs on the device until ``limit`` steps are done since prefill or every row is. ``stops`` are
     token ids (-1 matches none); token t of row i is drawn with ``keys[i]`` folded with t; rows that
     ``ended`` are done before the first step. The state is donated, and the one returned can be
     passed in again with a higher limit.
+
+    A ``mesh`` is as for :func:`make_prefill`; all its devices take the same number of steps.
     """
+    own = definition if mesh is None else definition.on_mesh(shape_of(mesh))
 
     @partial(jax.jit, static_argnames=("method",), donate_argnums=(1,))
     def decode(
@@ -159,30 +161,56 @@ def make_decode(definition: DecoderDefinition) -> Program:
         *,
         method: Method,
     ) -> DecodeState:
-        decoder = definition.bind(weights.base, weights.adapter)
-
-        def going(state: DecodeState) -> jax.Array:
-            return (state.step < limit) & ~jnp.all(state.done)
-
-        def advance(state: DecodeState) -> DecodeState:
-            hidden, cache = decoder.extend(
-                state.last[:, None],
-                state.lengths[:, None],
-                state.cache,
-                adapter_ids=weights.adapter_ids,
-            )
-            step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
-            logits = decoder.logits(hidden[:, 0])
-            scores = logits
-            if state.seen is not None:
-                scores = penalize(logits, state.seen, sampling)
-            token = choose_tokens(scores, step_keys, sampling, method)
-            token = jnp.where(state.done, 0, token)
-            return _taken(replace(state, cache=cache), token, logits, stops)
-
-        return lax.while_loop(going, advance, replace(state, done=state.done | ended))
+        program = partial(_steps, own, method)
+        if mesh is None:
+            return program(weights, state, keys, sampling, stops, limit, ended)
+        of_state = state_specs(state)
+        of_weights = weights_specs(weights, definition, mesh)
+        specs = (of_weights, of_state, ROWS, WHOLE, WHOLE, WHOLE, ROWS)
+        mapped = over_devices(program, mesh, specs, of_state)
+        return mapped(weights, state, keys, sampling, stops, limit, ended)
 
     return Program(function=decode)
+
+
+def _steps(
+    definition: DecoderDefinition,
+    method: Method,
+    weights: Weights,
+    state: DecodeState,
+    keys: jax.Array,
+    sampling: Sampling,
+    stops: jax.Array,
+    limit: jax.Array,
+    ended: jax.Array,
+) -> DecodeState:
+    """The loop of :func:`make_decode` over the rows of a device."""
+    decoder, mesh = definition.bind(weights.base, weights.adapter), definition.options.mesh
+
+    def going(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
+        state, unfinished = carry
+        return (state.step < limit) & unfinished
+
+    def advance(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+        state, _ = carry
+        hidden, cache = decoder.extend(
+            state.last[:, None],
+            state.lengths[:, None],
+            state.cache,
+            adapter_ids=weights.adapter_ids,
+        )
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
+        logits = decoder.logits(hidden[:, 0])
+        scores = logits
+        if state.seen is not None:
+            scores = penalize(logits, state.seen, sampling)
+        token = agreed_tokens(mesh, choose_tokens(scores, step_keys, sampling, method))
+        token = jnp.where(state.done, 0, token)
+        state = _taken(replace(state, cache=cache), token, logits, stops)
+        return state, any_row(mesh, ~jnp.all(state.done))
+
+    state = replace(state, done=state.done | ended)
+    return lax.while_loop(going, advance, (state, any_row(mesh, ~jnp.all(state.done))))[0]
 
 
 def _taken(

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fabric_jax.generation.config import GenerationConfig
-from fabric_jax.generation.programs import DecodeState, Program, Weights
+from fabric_jax.generation.programs import Program
 from fabric_jax.generation.sampling import Method, Sampling, sampling_of
+from fabric_jax.generation.state import DecodeState, Weights
 from fabric_jax.layers.kv_cache import KVCache
 
 _STOP_BUCKET = 8

@@ -85,7 +85,7 @@ class Attention(nnx.Module):
                 dtype=dtype,
                 stack=stack,
                 offset=norm_offset,
-                implementation=options.implementation,
+                implementation=options.side,
             )
 
         self.q_norm = norm(head_dim, qk_norm_eps)

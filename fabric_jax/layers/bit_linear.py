@@ -19,7 +19,12 @@ from fabric_kernels import (
     low_rank_product,
     packed_width,
 )
-from fabric_kernels.ternary_matmul import GradientBits, Implementation
+from fabric_kernels.ternary_matmul import (
+    GradientBits,
+    Implementation,
+    SideImplementation,
+    side_implementation,
+)
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -70,6 +75,7 @@ class LinearOptions:
         mesh: what ternary weights are cut along; arrays are then parts, within ``shard_map``.
         norm_dtype: of the gains of norms; None for ``dtype``.
         ste: what masters and their inputs go through.
+        sides: what runs norms and gates; None: what goes with ``implementation``.
     """
 
     mode: BaseMode
@@ -84,6 +90,12 @@ class LinearOptions:
     mesh: MeshShape = field(default_factory=MeshShape)
     norm_dtype: DTypeLike | None = None
     ste: SteOptions = field(default_factory=SteOptions)
+    sides: SideImplementation | None = None
+
+    @property
+    def side(self) -> SideImplementation | None:
+        """What runs norms and gates; None picks."""
+        return self.sides or side_implementation(self.implementation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +263,7 @@ def takes_prologue(
     """Whether nothing but the linears' quantiser reads their input, nor is anything kept."""
     options = linears[0].options
     quantized = options.mode == "packed" and options.act_quant == "per_token"
+    quantized = quantized and options.sides is None
     kept = isinstance(x, Twin) or (context is not None and context.int8_residuals)
     whole = all(one.cut == Cut() for one in linears)
     return quantized and whole and not kept and all(one.lora is None for one in linears)

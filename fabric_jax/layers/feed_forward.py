@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from fabric_kernels import Prologue, gated_product
-from fabric_kernels.ternary_matmul import SideImplementation, side_implementation
+from fabric_kernels.ternary_matmul import SideImplementation
 from flax import nnx
 
 from fabric_jax.layers.bit_linear import (
@@ -62,11 +62,11 @@ class FeedForward(nnx.Module):
                 dtype=options.norm_dtype or options.dtype,
                 stack=options.stack,
                 offset=norm_offset,
-                implementation=options.implementation,
+                implementation=options.side,
             )
         )
         self.activation: Activation = activation
-        self.implementation: SideImplementation | None = side_implementation(options.implementation)
+        self.implementation: SideImplementation | None = options.side
 
     def __call__(
         self,

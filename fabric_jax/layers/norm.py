@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from fabric_kernels import Prologue, rms_norm
-from fabric_kernels.ternary_matmul import Implementation, SideImplementation, side_implementation
+from fabric_kernels.ternary_matmul import SideImplementation
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -35,13 +35,13 @@ class RMSNorm(nnx.Module):
         dtype: DTypeLike,
         stack: tuple[int, ...] = (),
         offset: float = 0.0,
-        implementation: Implementation | None = None,
+        implementation: SideImplementation | None = None,
     ) -> None:
         """Declares the gain, [size] in each layer of ``stack``."""
         self.gain = declare_base((size,), dtype, Constant(1.0 - offset), stack=stack)
         self.eps = eps
         self.offset = offset
-        self.implementation: SideImplementation | None = side_implementation(implementation)
+        self.implementation: SideImplementation | None = implementation
         self.whole: GainStack | None = None
 
     @property

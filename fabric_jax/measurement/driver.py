@@ -1,5 +1,6 @@
 """Memory of a GPU as its driver counts it: contexts, loaded code and pools included."""
 
+import os
 import shutil
 import subprocess
 import threading
@@ -18,7 +19,9 @@ def driver_bytes() -> int | None:
     """
     if jax.default_backend() != "gpu" or shutil.which("nvidia-smi") is None:
         return None
-    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    # The driver's own order, which is jax's where CUDA_DEVICE_ORDER says PCI_BUS_ID.
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", first]
     answer = subprocess.run(words, capture_output=True, text=True, check=False)
     text = answer.stdout.strip()
     return int(text) << 20 if answer.returncode == 0 and text.isdigit() else None

@@ -4,13 +4,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from fabric_kernels import BlockTable, Packing, table_matmul
 from fabric_kernels.attention import Angles, cached_attention
-from fabric_kernels.ternary_matmul import NARROW_PRODUCT, GradientBits, Implementation
+from fabric_kernels.decoding import decode_layers
+from fabric_kernels.ternary_matmul import (
+    NARROW_PRODUCT,
+    GradientBits,
+    Implementation,
+    SideImplementation,
+    side_implementation,
+)
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -36,6 +43,8 @@ from fabric_jax.layers.parameters import AdapterParam, BaseParam
 from fabric_jax.layers.residuals import INT8_RESIDUAL, Twin, exact_form, joined, on_both
 from fabric_jax.layers.table import declare_table, table_rows, table_value
 from fabric_jax.models.config import ModelConfig
+from fabric_jax.models.decoding import layer_stacks
+from fabric_jax.models.stacks import join_trees, split_packed
 from fabric_jax.models.views import Views, cache_views, row_views
 from fabric_jax.parallel.mesh import MeshShape
 from fabric_jax.quantization.absmax import ActQuant
@@ -70,6 +79,8 @@ class DecoderOptions:
         norm_dtype: of the gains of norms as they are stored; None for ``dtype``.
         ste: what master weights and their inputs go through.
         loss_tile_bytes: float32 logits that exist at once; accelerators want large tiles.
+        sides: what runs norms, gates and attention; None: what goes with ``implementation``. Named,
+            the products alone differ between implementations, and their exact sums are comparable.
         attention: ``auto``: ours; or cuDNN's flash attention, for half precision on NVIDIA GPUs:
             ``cudnn``, and ``cudnn-causal`` for rows that are one document each (no mask is read).
     """
@@ -89,6 +100,7 @@ class DecoderOptions:
     ste: SteOptions = field(default_factory=SteOptions)
     loss_tile_bytes: int = LOGITS_TILE_BYTES
     attention: AttentionChoice = "auto"
+    sides: SideImplementation | None = None
 
     @property
     def frozen(self) -> bool:
@@ -178,7 +190,7 @@ def _norm(
         dtype=options.norm_dtype or options.dtype,
         stack=stack,
         offset=config.norm_offset,
-        implementation=options.implementation,
+        implementation=options.sides or side_implementation(options.implementation),
     )
 
 
@@ -203,6 +215,7 @@ class Decoder(nnx.Module):
             mesh=options.mesh,
             norm_dtype=options.norm_dtype,
             ste=options.ste,
+            sides=options.sides,
         )
         table = (config.vocab_size, config.hidden_size)
         table_dtype = options.embedding_dtype or options.dtype
@@ -217,7 +230,7 @@ class Decoder(nnx.Module):
         self.loss_tile_bytes = options.loss_tile_bytes
         self.attention_choice: AttentionChoice = options.attention
         # The implementation is named for packed products; others have no choice of theirs.
-        self.attention_runs: Implementation | None = (
+        self.attention_runs: Implementation | None = options.sides or (
             options.implementation if options.mode == "packed" else None
         )
 
@@ -303,7 +316,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         graphdef, *states = nnx.split(self.layers, AdapterParam, BaseParam)
         adapter, base = (nnx.to_pure_dict(state) for state in states)
-        packed, base = _split_packed(base, self.frozen_linears)
+        packed, base = split_packed(base, self.frozen_linears)
         stacked = base
 
         def body(
@@ -312,7 +325,7 @@ class Decoder(nnx.Module):
             h, cache = carry
             index, trees = layer
             adapter, base = trees
-            block: Block = nnx.merge(graphdef, adapter, _join(packed, base))
+            block: Block = nnx.merge(graphdef, adapter, join_trees(packed, base))
             if cache is not None and tokens.shape[1] == 1:
                 block.know_gains(stacked)
             context = self._context(index, cache, dropout_key, adapter_ids, strength)
@@ -330,6 +343,12 @@ class Decoder(nnx.Module):
             case "layer":
                 body = jax.checkpoint(body, prevent_cse=False)
         h = self.embed(tokens)
+        if cache is not None and tokens.shape[1] == 1 and not adapter:
+            stacks = layer_stacks(self.layers, self.config, cache, len(tokens))
+            if stacks is not None:
+                angles, scale = views.of_global.angles, self.config.attention_scale
+                h, cache = decode_layers(h, stacks, cache, positions, angles=angles, scale=scale)
+                return self.final_norm(h), cache
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         (h, cache), _ = lax.scan(body, (h, cache), (indices, (adapter, base)))
         return self.final_norm(h), cache
@@ -346,12 +365,12 @@ class Decoder(nnx.Module):
         base is read where it lies in this decoder.
         """
         graphdef, _, state = nnx.split(self.layers, AdapterParam, BaseParam)
-        packed, rest = _split_packed(nnx.to_pure_dict(state), self.frozen_linears)
+        packed, rest = split_packed(nnx.to_pure_dict(state), self.frozen_linears)
         views = row_views(self.config, positions, segment_ids)
 
         def layer(h: jax.Array, index: jax.Array, adapter: dict[str, Any]) -> jax.Array:
             own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), rest)
-            block: Block = nnx.merge(graphdef, adapter, _join(packed, own))
+            block: Block = nnx.merge(graphdef, adapter, join_trees(packed, own))
             context = self._context(index, None, dropout_key, None)
             return self._layer(block, h, context, positions, views, None)[0]
 
@@ -410,28 +429,6 @@ class Decoder(nnx.Module):
         core = partial(attend, mask=view.mask, scale=scale, angles=late, choice=choice)
         attended = on_both(core, q, k, v, implementation=self.attention_runs)
         return block.combine(h, attended, context), cache
-
-
-def _split_packed(tree: dict[str, Any], frozen: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The stacks of frozen linears, which stay whole in the scan, and all other parameters."""
-    packed: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
-    for name, child in tree.items():
-        if not isinstance(child, dict):
-            rest[name] = child
-        elif frozen and ("weight" in child or "codes" in child):
-            packed[name] = child
-        else:
-            packed[name], rest[name] = _split_packed(cast(dict[str, Any], child), frozen)
-    return packed, rest
-
-
-def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The union of two trees that share no leaf."""
-    joined = dict(first)
-    for name, child in second.items():
-        joined[name] = _join(joined[name], child) if name in joined else child
-    return joined
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from fabric_kernels import (
     TernaryWeight,
     absmax_quantize,
     low_rank_product,
+    scale_sums,
     ternary_linear,
     ternary_matmul,
     with_gradient_of,
@@ -161,8 +162,7 @@ def _by_inputs(plan: Plan, x: jax.Array, weight: TernaryWeight) -> jax.Array:
     sums = ternary_matmul(
         codes, one.packed, packing=one.packing, implementation=plan.implementation
     )
-    sums = lax.psum(sums, TENSOR).astype(jnp.float32)
-    return (sums / act_scale * one.scale).astype(x.dtype)
+    return scale_sums(lax.psum(sums, TENSOR), act_scale, one.scale).astype(x.dtype)
 
 
 def _own_inputs(plan: Plan, x: jax.Array, weight: TernaryWeight) -> jax.Array:

@@ -58,10 +58,10 @@ class MeshShape:
         return self.data * self.fsdp
 
     def require_rows(self, rows: int) -> None:
-        """Raises FabricError where the rows of a micro-batch can't be cut evenly."""
+        """Raises FabricError where the rows of a batch can't be cut evenly."""
         if rows % self.row_shards:
             raise FabricError(
-                f"{rows} rows in a micro-batch can't be cut along the mesh {self}",
+                f"{rows} rows in a batch can't be cut along the mesh {self}",
                 expected=f"a batch size divisible by data · fsdp = {self.row_shards}",
                 found=str(rows),
             )
@@ -101,6 +101,18 @@ def parse_mesh(text: str, devices: int | None) -> MeshShape:
             fix="Leave --mesh out to use all of them along data",
         )
     return shape
+
+
+def named_mesh(text: str) -> Mesh | None:
+    """The mesh of all devices that ``text`` names; None for no text, and for one device.
+
+    Raises:
+        FabricError: as :func:`parse_mesh`.
+    """
+    if not text:
+        return None
+    shape = parse_mesh(text, jax.device_count())
+    return None if shape.devices == 1 else make_mesh(shape)
 
 
 def make_mesh(shape: MeshShape) -> Mesh:

@@ -1,5 +1,6 @@
 """Where the arrays of a job lie on a mesh: partition specs of trees, and putting trees there."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -143,6 +144,18 @@ def place(tree: Any, where: Any) -> Any:
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(one, tree, where)
+
+
+def place_whole(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every device has whole."""
+    return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, WHOLE), tree))
+
+
+def assembling(devices: int) -> AbstractContextManager[None]:
+    """Where weights are put together: in the host's memory if they are cut along a mesh after."""
+    if devices == 1:
+        return nullcontext()
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def abstract(tree: Any, where: Any) -> Any:

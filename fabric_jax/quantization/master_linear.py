@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from fabric_kernels import scale_sums
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
@@ -152,7 +153,7 @@ def _product(how: _How, x: jax.Array, weight: jax.Array, codes: _Codes) -> jax.A
     x_codes, x_scale, w_codes, w_scale = codes
     sums = _dot(x_codes, w_codes, 1, jnp.int32 if how[0] == "int8" else jnp.float32)
     by_output = w_scale if w_scale.ndim == 0 else _by_output(w_scale, x.ndim)
-    return (sums.astype(jnp.float32) / x_scale * by_output).astype(x.dtype)
+    return scale_sums(sums, x_scale, by_output).astype(x.dtype)
 
 
 _Residuals = tuple[jax.Array, _Codes, jax.Array | None]

@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from fabric_jax.sweeps.experiment import JOBS_VARIABLE, PLATFORM_VARIABLE, TURN_VARIABLE
@@ -30,8 +30,8 @@ def chosen_variables(
         platform: of the cell.
         own: what the experiment asks for; it goes first.
         cache: folder for compiled programs that cells share; "" for none.
-        jobs: cells at a time, in this sweep; ``FABRIC_SWEEP_JOBS`` in our own environment says how
-            many there are in all sweeps that were started together.
+        jobs: cells at a time on a device, in this sweep; ``FABRIC_SWEEP_JOBS`` in our own
+            environment says how many there are in all sweeps that were started together.
     """
     chosen = {"JAX_PLATFORMS": BACKENDS.get(platform, "cpu"), PLATFORM_VARIABLE: platform}
     jobs = max(jobs, int(os.environ.get(JOBS_VARIABLE, "1")))
@@ -50,36 +50,57 @@ def chosen_variables(
     return chosen | own
 
 
-class SharedDevice:
-    """Lets cells run beside one another as far as their shares of the device's memory allow.
+def device_variables(device: str) -> dict[str, str]:
+    """What a cell is told that has one of several devices; the driver's numbers hold for it."""
+    if not device:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": device, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+class SharedDevices:
+    """Lets cells run beside one another as far as their shares of a device's memory allow.
 
     Args:
-        jobs: cells at a time; with one there is nothing to share.
+        jobs: cells at a time on each device; with one there is nothing to share.
+        devices: their names; one without a name where no cell is told which it has.
     """
 
-    def __init__(self, jobs: int) -> None:
-        """The whole device is free."""
+    def __init__(self, jobs: int, devices: Sequence[str] = ("",)) -> None:
+        """Every device is free."""
         self._jobs = jobs
-        self._free = WHOLE_DEVICE
+        self._places = dict.fromkeys(devices, jobs)
+        self._free = dict.fromkeys(devices, WHOLE_DEVICE)
         self._changed = threading.Condition()
 
     @contextmanager
-    def share(self, chosen: dict[str, str]) -> Generator[None]:
-        """Waits for the share that a cell's variables claim; a pool without one is everything."""
+    def share(self, chosen: dict[str, str]) -> Generator[str]:
+        """Waits for the share that a cell's variables claim; a pool without one is everything.
+
+        Yields the name of the device that has it, the one with the fewest cells.
+        """
         wanted = 0.0
         if self._jobs > 1 and chosen.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "true":
             fraction = float(chosen.get("XLA_PYTHON_CLIENT_MEM_FRACTION", WHOLE_DEVICE))
             wanted = min(fraction + CONTEXT, WHOLE_DEVICE)
         with self._changed:
-            # Shares are sums of hundredths.
-            self._changed.wait_for(lambda: self._free >= wanted - 1e-6)
-            self._free -= wanted
+            device = self._changed.wait_for(lambda: self._with_room(wanted))[0]
+            self._places[device] -= 1
+            self._free[device] -= wanted
         try:
-            yield
+            yield device
         finally:
             with self._changed:
-                self._free += wanted
+                self._places[device] += 1
+                self._free[device] += wanted
                 self._changed.notify_all()
+
+    def _with_room(self, wanted: float) -> list[str]:
+        """Devices that can take a cell, the one with the most places first."""
+        # Shares are sums of hundredths.
+        able = [
+            n for n, places in self._places.items() if places and self._free[n] >= wanted - 1e-6
+        ]
+        return sorted(able, key=lambda name: -self._places[name])
 
 
 def process_environment(chosen: dict[str, str], turn: str = "") -> dict[str, str]:

@@ -16,8 +16,9 @@ from fabric_jax.files import write_json
 from fabric_jax.sweeps.cells import cell_to_json, describe, distinguishing, select
 from fabric_jax.sweeps.child import Job, draft_record
 from fabric_jax.sweeps.environment import (
-    SharedDevice,
+    SharedDevices,
     chosen_variables,
+    device_variables,
     process_environment,
     recorded_variables,
 )
@@ -41,7 +42,9 @@ class SweepOptions:
         platform: what the cells are for.
         out: folder of the records.
         overrides: ``key=value`` words.
-        jobs: cells at a time.
+        jobs: cells at a time, on each device where some are named.
+        devices: GPUs to use at once, as CUDA_VISIBLE_DEVICES names them; each cell sees one. Empty:
+            cells are not told.
         rerun: which cells with a record run again.
         timeout: seconds a cell; 0 for the experiment's own.
         memory_gib: resident set at which a cell is killed; 0 for nine tenths of the machine's.
@@ -54,11 +57,17 @@ class SweepOptions:
     out: str
     overrides: tuple[str, ...] = ()
     jobs: int = 1
+    devices: tuple[str, ...] = ()
     rerun: Rerun = "none"
     timeout: float = 0.0
     memory_gib: float = 0.0
     cache: str = ""
     limit: int = 0
+
+    @property
+    def at_once(self) -> int:
+        """Cells at a time in all."""
+        return self.jobs * max(len(self.devices), 1)
 
 
 @dataclass(kw_only=True)
@@ -98,6 +107,7 @@ def plan(options: SweepOptions) -> tuple[Experiment, list[Task]]:
     check_platform(options.platform)
     if options.jobs < 1:
         raise FabricError("jobs out of range", expected="1 or more", found=str(options.jobs))
+    _check_devices(options)
     experiment = load_experiment(options.experiment)
     cells = select(experiment.config(), experiment.cells, options.overrides)
     code = code_digest(experiment.module)
@@ -128,12 +138,25 @@ def sweep(options: SweepOptions, board: Board) -> list[Task]:
         waiting = [task for task in tasks if task.state == "waiting"]
         waiting = waiting[: options.limit or None]
         stop = threading.Event()
-        board.begin(tasks, options.jobs)
+        board.begin(tasks, options.at_once)
         try:
             _run_all(experiment, options, waiting, board, stop)
         finally:
             board.end()
     return tasks
+
+
+def _check_devices(options: SweepOptions) -> None:
+    if options.devices and options.platform != "cuda":
+        raise FabricError(
+            "cells are given devices of their own on cuda alone",
+            found=f"--devices with --platform {options.platform}",
+            fix="Leave out --devices; --jobs says how many cells run at a time",
+        )
+    if len(set(options.devices)) != len(options.devices) or not all(options.devices):
+        raise FabricError(
+            "each device is named once", expected="as in 0,1,2", found=",".join(options.devices)
+        )
 
 
 def command_line(options: SweepOptions, overrides: str | None = None) -> str:
@@ -152,19 +175,20 @@ def _run_all(
     board: Board,
     stop: threading.Event,
 ) -> None:
-    device = SharedDevice(options.jobs)
+    devices = SharedDevices(options.jobs, options.devices or ("",))
 
     def one(task: Task) -> None:
         chosen = _variables(experiment, options, task)
-        with device.share(chosen):
+        with devices.share(chosen) as device:
             if stop.is_set():
                 return
+            chosen = device_variables(device) | chosen
             task.state, task.started = "running", time.monotonic()
             board.update(task)
             _run_task(experiment, options, task, chosen, stop)
             board.update(task)
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(options.at_once) as pool:
         futures = [pool.submit(one, task) for task in tasks]
         try:
             for future in futures:
@@ -276,7 +300,7 @@ def _memory_limit(options: SweepOptions) -> int:
     if options.memory_gib:
         return int(options.memory_gib * 2**30)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(SHARE_OF_MEMORY * total / options.jobs)
+    return int(SHARE_OF_MEMORY * total / options.at_once)
 
 
 def _host_facts() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fabric_jax.files import write_json
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.on_mesh import place_base
 from fabric_jax.parallel.mesh import MeshShape, make_mesh
-from fabric_jax.parallel.placement import own_rows, shape_of, uncut_linears
+from fabric_jax.parallel.placement import assembling, own_rows, shape_of, uncut_linears
 from fabric_jax.parallel.processes import (
     FAILED_CODE,
     LOST_CODE,
@@ -87,13 +87,13 @@ def _train(config: RunConfig, prepare: Callable[[], Job], console: Console) -> S
         if config.resume == "never" and is_first():
             _refuse_overwriting(output)
         shape = chosen_mesh(config.devices, config.dataset.batch_size)
-        with _assembling(shape):
+        with assembling(shape.devices):
             job = _on_devices(prepare(), shape)
         total = total_steps(config, job.data.train)
         _describe(console, config, job, total)
         try:
             with _checkpoints(config, job, total, console) as checkpoints:
-                with _assembling(shape):
+                with assembling(shape.devices):
                     session = Session(config, job, total, checkpoints)
                 _say_where(console, config, session)
                 _run(session, console)
@@ -129,13 +129,6 @@ def _checkpoints(
     )
     folder = Path(config.output) / CHECKPOINTS
     return TrainCheckpoints(folder, keep_last=config.keep_last, identity=identity, report=report)
-
-
-def _assembling(shape: MeshShape) -> AbstractContextManager[None]:
-    """Where weights are put together: in the host's memory if they are cut along a mesh after."""
-    if shape.devices == 1:
-        return nullcontext()
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def _on_devices(job: Job, shape: MeshShape) -> Job:

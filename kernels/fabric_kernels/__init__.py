@@ -1,6 +1,7 @@
 """Kernels for packed ternary weights. Knows jax only; usable without fabric_jax."""
 
 from fabric_kernels.absmax import absmax_quantize as absmax_quantize
+from fabric_kernels.absmax import scale_sums as scale_sums
 from fabric_kernels.attention import KVCache as KVCache
 from fabric_kernels.attention import attention as attention
 from fabric_kernels.attention import cached_attention as cached_attention

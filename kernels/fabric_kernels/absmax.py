@@ -1,5 +1,9 @@
-"""BitNet's quantiser of activations: the input of every W2A8 product."""
+"""BitNet's arithmetic around a W2A8 product: the quantiser of its input, the scales of its sums.
 
+Every implementation rounds as these functions do, so that equal inputs give equal bits.
+"""
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int8
@@ -27,3 +31,24 @@ def absmax_quantize(
     scale = (1.0 / largest) * 127.0
     codes = jnp.clip(jnp.rint(x * scale), -128, 127)
     return codes.astype(jnp.int8), scale
+
+
+def scale_sums(sums: jax.Array, act_scale: jax.Array, weight_scale: jax.Array) -> jax.Array:
+    """``sums · ((1/act_scale) · weight_scale)`` in float32: one multiplication by both scales.
+
+    Args:
+        sums: [..., N], products of codes, whole numbers in any dtype.
+        act_scale: float32 [..., 1], of :func:`absmax_quantize`.
+        weight_scale: float32, [] or one for each output [..., N].
+    """
+    return rounded(sums.astype(jnp.float32) * ((1.0 / act_scale) * weight_scale))
+
+
+def rounded(product: jax.Array) -> jax.Array:
+    """The same number, rounded before anything is added to it.
+
+    Compilers behind XLA and Triton contract a product and the addition after it to one fused
+    multiply-add, across every barrier of XLA's; whether the two meet in one loop depends on the
+    implementation. They don't contract across a choice.
+    """
+    return jnp.where(product != product, jnp.nan, product)

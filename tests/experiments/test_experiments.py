@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fabric_kernels import Packing
 
-from experiments import finetune_throughput, vram
+from experiments import finetune_throughput, lossless, vram
 from experiments.biomed_rows import LENGTHS, batches_of_an_epoch, rows_of_an_epoch
 from experiments.job import build, device_share, memory_config
 from experiments.step_costs import step_costs
@@ -20,6 +21,7 @@ from fabric_jax.sweeps.experiment import PLATFORMS
 from fabric_jax.sweeps.records import read_folder
 from fabric_jax.sweeps.runner import SweepOptions, plan
 from fabric_jax.training.memory_account import predict
+from tests.kernels.conftest import need_cpu_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ("__init__",)
@@ -67,6 +69,17 @@ def test_vram_as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["kind"] == "compiled"
     assert sum(found["category_bytes"].values()) == found["compiled_bytes"]
     assert "peak_bytes" not in found
+
+
+@pytest.mark.parametrize("packing", ["ternary2", "ternary1.6"])
+def test_products_alone_change_nothing(packing: Packing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights through compiled kernels, against float32 masters through XLA."""
+    need_cpu_kernels()
+    monkeypatch.setenv("FABRIC_SWEEP_PLATFORM", "cpu")
+    cell = lossless.Config(implementation="cpu", sides="xla", packing=packing, rows=2, length=24)
+    found = lossless.measure(cell)
+    assert found["positions"] == 48
+    assert (found["kl_max"], found["top1_agreement"]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("platform", ["rocm", "metal"])

@@ -10,8 +10,8 @@ import pytest
 from fabric_jax.errors import FabricError
 from fabric_jax.generation.config import GenerationConfig
 from fabric_jax.generation.generator import Generator, bucket, make_generator
-from fabric_jax.generation.programs import Weights
 from fabric_jax.generation.sampling import sampling_of
+from fabric_jax.generation.state import Weights
 from fabric_jax.layers.kv_cache import empty_cache
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.models.config import ModelConfig

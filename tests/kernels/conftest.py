@@ -1,7 +1,8 @@
-"""The implementations that products are tested on."""
+"""The implementations and devices that products are tested on."""
 
 import os
 
+import jax
 import pytest
 from fabric_kernels import cpu_library
 from fabric_kernels.ternary_matmul import Implementation
@@ -28,3 +29,11 @@ def implementation(request: pytest.FixtureRequest) -> Implementation:
     if request.param == "cpu":
         need_cpu_kernels()
     return request.param
+
+
+@pytest.fixture
+def hopper() -> None:
+    """Skips where there is no GPU of compute capability 9.0."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or device.compute_capability != "9.0":
+        pytest.skip("needs a GPU of compute capability 9.0")

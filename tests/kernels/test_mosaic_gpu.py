@@ -21,13 +21,6 @@ def interpret() -> Any:
     return params.InterpretGPUParams()
 
 
-@pytest.fixture
-def hopper() -> None:
-    devices = jax.devices()
-    if devices[0].platform != "gpu" or devices[0].compute_capability != "9.0":
-        pytest.skip("needs a GPU of compute capability 9.0")
-
-
 def _problem(
     m: int, n: int, k: int, layers: int | None = None, code: int | None = None, x: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, TernaryWeight]:

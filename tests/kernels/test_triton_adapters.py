@@ -146,22 +146,21 @@ def test_codes_are_those_of_the_quantiser() -> None:
 
 @pytest.mark.skipif(ON_GPU, reason="interpreted; on a GPU the layers' own tests run it")
 def test_mosaic_gpu_with_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its product interpreted, and both forms of the backward product."""
+    """Its products interpreted, and the forms of the backward product that are not its own."""
     # Both supported versions of jax have it, not yet where users look.
     interpret = import_module("jax._src.pallas.mosaic_gpu.interpret.params").InterpretGPUParams
     problem = Problem(n=(64,), k=256, leading=(2, 32), ranks=(3,), dtype="bfloat16")
     given = problem.x, problem.weights, problem.adapters
     # Not compiled as one: an interpreted Mosaic kernel calls back, and may then wait for itself.
     outputs, narrow = mosaic_gpu.linear_with_adapters(*given, interpret=interpret())
+    products = problem.x, problem.gradients, *given[1:], narrow
+    monkeypatch.setattr(mosaic_gpu, "LEAST_TOKENS", 64)
+    dx, pairs = mosaic_gpu.transposed_with_adapters(*products, interpret=interpret())
+    assert_right(problem, outputs, dx, pairs)
+    monkeypatch.setattr(mosaic_gpu, "LEAST_TOKENS", 65)
     for tokens in (1, 1024):
         monkeypatch.setattr(mosaic_gpu, "UNPACKED_TOKENS", tokens)
-        dx, pairs = compiled(
-            partial(mosaic_gpu.transposed_with_adapters),
-            problem.x,
-            problem.gradients,
-            *given[1:],
-            narrow,
-        )
+        dx, pairs = compiled(partial(mosaic_gpu.transposed_with_adapters), *products)
         assert_right(problem, outputs, dx, pairs)
 
 

@@ -1,44 +1,12 @@
 """Training on eight virtual devices equals training on one, whatever the mesh."""
 
-import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fabric_jax.errors import FabricError
-from fabric_jax.parallel.mesh import AXES, MeshShape, parse_mesh
-
-ROOT = Path(__file__).resolve().parents[2]
-EVERY_MESH = [
-    ",".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
-    for sizes in itertools.product((1, 2, 4, 8), repeat=3)
-    if sizes[0] * sizes[1] * sizes[2] == 8
-]
-
-
-def run(settings: str, meshes: list[str]) -> dict[str, dict[str, Any]]:
-    program = Path(__file__).parent / "programs" / "meshes.py"
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    result = subprocess.run(
-        [sys.executable, str(program), settings, *meshes],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=3000,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+from fabric_jax.parallel.mesh import MeshShape, parse_mesh
+from tests.parallel.virtual_devices import EVERY_MESH, run_program
 
 
 def check(setting: str, text: str, found: dict[str, Any]) -> None:
@@ -60,7 +28,7 @@ def check(setting: str, text: str, found: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_a_mesh_of_all_axes_gives_the_losses_of_one_device() -> None:
-    found = run("xla", ["data=2,fsdp=2,tensor=2"])
+    found = run_program("meshes", "xla", "data=2,fsdp=2,tensor=2")
     for text, result in found["xla"].items():
         check("xla", text, result)
 
@@ -68,7 +36,7 @@ def test_a_mesh_of_all_axes_gives_the_losses_of_one_device() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("setting", ["xla", "cpu", "1.6", "float", "master"])
 def test_every_mesh_gives_the_losses_of_one_device(setting: str) -> None:
-    for text, result in run(setting, EVERY_MESH)[setting].items():
+    for text, result in run_program("meshes", setting, *EVERY_MESH)[setting].items():
         check(setting, text, result)
 
 

@@ -1,5 +1,7 @@
 """The runner, with an experiment whose cells end in every way there is."""
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -15,7 +17,7 @@ import pytest
 
 from fabric_jax.cli.main import main
 from fabric_jax.errors import FabricError
-from fabric_jax.sweeps.environment import SharedDevice, chosen_variables, process_environment
+from fabric_jax.sweeps.environment import SharedDevices, chosen_variables, process_environment
 from fabric_jax.sweeps.experiment import JOBS_VARIABLE, TURN_VARIABLE, own_turn
 from fabric_jax.sweeps.records import Record, read_folder
 from fabric_jax.sweeps.runner import SweepOptions, plan
@@ -182,7 +184,7 @@ def test_a_platform_must_be_known(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_cells_share_a_device_by_their_fractions() -> None:
-    device, running, most = SharedDevice(4), [0.0], [0.0]
+    device, running, most = SharedDevices(4), [0.0], [0.0]
     lock = threading.Lock()
 
     def run(fraction: float) -> None:
@@ -230,6 +232,49 @@ def test_sweeps_that_were_started_together_say_how_many_cells_run(
     assert chosen_variables("cuda", {}, "", 2)[JOBS_VARIABLE] == "16"
     monkeypatch.delenv(JOBS_VARIABLE)
     assert JOBS_VARIABLE not in chosen_variables("cuda", {}, "")
+
+
+def test_each_device_has_a_cell_at_a_time(tmp_path: Path) -> None:
+    """Processes that last, each on the device that it was told; the toy never touches it."""
+    command = ["sweep", "toy_devices", "--platform", "cuda", "--out", str(tmp_path)]
+    assert main([*command, "--devices", "0,3"]) == 0
+    found = [record for _, record in read_folder(tmp_path)]
+    assert len(found) == 6
+    times: dict[str, list[tuple[float, float]]] = {}
+    for record in found:
+        device = record.metrics["device"]
+        assert record.environment["CUDA_VISIBLE_DEVICES"] == device
+        assert record.environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+        assert record.metrics["alone"]
+        times.setdefault(device, []).append((record.metrics["began"], record.metrics["ended"]))
+    assert set(times) == {"0", "3"}
+    for spans in map(sorted, times.values()):
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    # Both at once: cells of one overlap cells of the other.
+    assert any(a[0] < b[1] and b[0] < a[1] for a in times["0"] for b in times["3"])
+
+
+def test_devices_and_shares_go_together() -> None:
+    devices = SharedDevices(2, ("0", "1"))
+    half = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}
+    with contextlib.ExitStack() as stack:
+        given = [stack.enter_context(devices.share(half)) for _ in range(4)]
+    assert given == ["0", "1", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--platform", "cpu", "--devices", "0,1"], "on cuda alone"),
+        (["--platform", "cuda", "--devices", "0,0"], "named once"),
+        (["--platform", "cuda", "--devices", "0,"], "named once"),
+    ],
+)
+def test_wrong_devices(
+    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", "toy_experiment", "--out", str(tmp_path), *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_a_process_is_told_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from fabric_kernels.triton_call import Mode
 
 Ref = Any
 Place = tuple[Any, ...]
-"""All indices of a vector but that of its channel."""
+"""The indices of a vector's first element."""
 Halves = tuple[jax.Array, jax.Array]
 """Channels 0 to hd/2 and the rest, which rotary positions turn against each other."""
 
@@ -39,15 +39,15 @@ _ROUNDER = 1.5 * 2**23
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Of one query: the largest score, the weights' sum, and the weighted values."""
+class Sums:
+    """Of one query: the largest score, the weights' sum, and the weighted values, in halves."""
 
     largest: jax.Array
     weights: jax.Array
     values: Halves
 
 
-jax.tree_util.register_dataclass(_Sums, ["largest", "weights", "values"], [])
+jax.tree_util.register_dataclass(Sums, ["largest", "weights", "values"], [])
 
 
 def cached_attention(
@@ -120,38 +120,104 @@ def _program(*refs: Ref, count: int, whole: bool, factor: float, mode: Mode) -> 
     (heads, width), slots = q.shape[2:], stored[0].shape[3]
     # Query heads from the first one on, as many as a program has.
     group = heads // pl.num_programs(0)
-    query, head = own * group, own * group // (heads // stored[0].shape[2])
-    at, position, begin = (layer[0], row, head), positions[row, 0], first[row, 0]
-    token = (row, 0)
-    turn = (_half(cos, token, 0, width), _half(sin, token, 0, width))
-    queries = [_turned(q, (*token, query + i), turn, width) for i in range(group)]
-    key = _stored(_turned(k, (*token, head), turn, width), stored[0].dtype, mode)
-    value = _stored(_halves(v, (*token, head), width), stored[0].dtype, mode)
-
-    start = jnp.maximum(begin, stretch * STRETCH)
-    stop = jnp.minimum(jnp.minimum(position, slots), (stretch + 1) * STRETCH)
-    step = partial(_tile, stored, at, (start, stop), queries, width, factor)
-    tile, none = _tile_slots(width), [_nothing(width) for _ in queries]
-    sums = lax.fori_loop(start // tile, pl.cdiv(stop, tile), step, none)
-    is_new = (stretch == 0) & (position < slots)
-    sums = [
-        _add(one, jnp.where(is_new, _score(turned, key[0], factor), FAR), value[0], is_new)
-        for one, turned in zip(sums, queries, strict=True)
-    ]
+    step = DecodingStep(
+        q=lambda head: (q, (row, 0, head, 0)),
+        k=lambda head: (k, (row, 0, head, 0)),
+        v=lambda head: (v, (row, 0, head, 0)),
+        turn=(cos, sin),
+        stored=stored,
+        new=new,
+        shared=heads // stored[0].shape[2],
+        factor=factor,
+    )
+    bounds = (
+        positions[row, 0],
+        jnp.maximum(first[row, 0], stretch * STRETCH),
+        jnp.minimum(slots, (stretch + 1) * STRETCH),
+    )
+    sums = attend_and_store(step, (layer[0], row, own * group), group, bounds, stretch == 0, mode)
     for i, one in enumerate(sums):
-        place = (row, stretch, query + i)
+        place = (row, stretch, own * group + i)
         if whole:
-            one = replace(one, values=_each(partial(_divided, one.weights), one.values))
+            one = replace(one, values=mean_values(one))
         else:
             parts[1][place], parts[2][place] = one.largest, one.weights
-        _write(parts[0], place, one.values, width)
+        write_halves(parts[0], (*place, 0), one.values, width)
 
-    @pl.when(is_new & (query % (heads // stored[0].shape[2]) == 0))
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingStep:
+    """What a step of decoding reads and writes, as references.
+
+    Attributes:
+        q: a query head's array and the place of its first channel.
+        k: likewise of a key/value head.
+        v: likewise.
+        turn: cosine and sine [B, 1, hd/2].
+        stored: keys and values [L, B, K, S, hd], and scales [L, B, K, S] of int8.
+        new: the same, as they are written.
+        shared: query heads of a key/value head.
+        factor: on scores, for powers of two.
+    """
+
+    q: Callable[[Any], tuple[Ref, Place]]
+    k: Callable[[Any], tuple[Ref, Place]]
+    v: Callable[[Any], tuple[Ref, Place]]
+    turn: tuple[Ref, Ref]
+    stored: Sequence[Ref]
+    new: Sequence[Ref]
+    shared: int
+    factor: float
+
+
+def attend_and_store(
+    step: DecodingStep,
+    place: tuple[Any, Any, Any],
+    group: int,
+    bounds: tuple[jax.Array, jax.Array, jax.Array],
+    has_new: Any,
+    mode: Mode,
+) -> list[Sums]:
+    """The sums of some query heads of one key/value head; its new key and value are stored.
+
+    Args:
+        step: the arrays.
+        place: layer, row, and the first of the query heads.
+        group: how many of them.
+        bounds: the token's position, and the slots from the first to before the last that are read.
+        has_new: whether the token itself is among what is read, and stored, here.
+        mode: what runs it.
+    """
+    layer, row, query = place
+    position, start, end = bounds
+    slots, width = step.stored[0].shape[3:]
+    head = query // step.shared
+    at = (layer, row, head)
+    cos, sin = step.turn
+    turn = (_half(cos, (row, 0, 0), 0, width), _half(sin, (row, 0, 0), 0, width))
+    queries = [_turned(*step.q(query + i), turn, width) for i in range(group)]
+    dtype = step.stored[0].dtype
+    key = _stored(_turned(*step.k(head), turn, width), dtype, mode)
+    value = _stored(_halves(*step.v(head), width), dtype, mode)
+
+    stop = jnp.minimum(position, end)
+    tiles = partial(_tile, step.stored, at, (start, stop), queries, width, step.factor)
+    tile, none = _tile_slots(width), [_nothing(width) for _ in queries]
+    sums = lax.fori_loop(start // tile, pl.cdiv(stop, tile), tiles, none)
+    is_new = has_new & (position < slots)
+    sums = [
+        _add(one, jnp.where(is_new, _score(turned, key[0], step.factor), FAR), value[0], is_new)
+        for one, turned in zip(sums, queries, strict=True)
+    ]
+
+    @pl.when(is_new & (query % step.shared == 0))
     def _() -> None:
         for i, (_, codes, scale) in enumerate((key, value)):
-            _write(new[i], (*at, position), codes, width)
-            if count > 2:
-                new[2 + i][(*at, position)] = scale
+            write_halves(step.new[i], (*at, position, 0), codes, width)
+            if len(step.stored) > 2:
+                step.new[2 + i][(*at, position)] = scale
+
+    return sums
 
 
 def _tile(
@@ -162,8 +228,8 @@ def _tile(
     width: int,
     factor: float,
     index: jax.Array,
-    sums: list[_Sums],
-) -> list[_Sums]:
+    sums: list[Sums],
+) -> list[Sums]:
     """The sums with a tile of slots added."""
     tile = _tile_slots(width)
     slots = index * tile + lax.iota(jnp.int32, tile)
@@ -177,7 +243,7 @@ def _tile(
         return first * scales[:, None], second * scales[:, None]
 
     keys, values = load(0), load(1)
-    found: list[_Sums] = []
+    found: list[Sums] = []
     for one, (first, second) in zip(sums, queries, strict=True):
         scores = jnp.sum(keys[0] * first[None] + keys[1] * second[None], axis=1) * factor
         scores = jnp.where(seen, scores, FAR)
@@ -186,30 +252,31 @@ def _tile(
         shrink = jnp.exp2(one.largest - largest)
         mix = partial(_mixed, shrink, weights)
         mixed = _each(mix, one.values, values)
-        found.append(_Sums(largest, one.weights * shrink + jnp.sum(weights), mixed))
+        found.append(Sums(largest, one.weights * shrink + jnp.sum(weights), mixed))
     return found
 
 
-def _add(one: _Sums, score: jax.Array, value: Halves, there: jax.Array) -> _Sums:
+def _add(one: Sums, score: jax.Array, value: Halves, there: jax.Array) -> Sums:
     """The sums with the new token, if it is there."""
     largest = jnp.maximum(one.largest, score)
     weight = jnp.where(there, jnp.exp2(score - largest), 0.0)
     shrink = jnp.exp2(one.largest - largest)
     values = _each(lambda own, x: own * shrink + weight * x, one.values, value)
-    return _Sums(largest, one.weights * shrink + weight, values)
+    return Sums(largest, one.weights * shrink + weight, values)
 
 
 def _mixed(shrink: jax.Array, weights: jax.Array, own: jax.Array, x: jax.Array) -> jax.Array:
     return own * shrink + jnp.sum(weights[:, None] * x, axis=0)
 
 
-def _divided(by: jax.Array, x: jax.Array) -> jax.Array:
-    return x / by
+def mean_values(sums: Sums) -> Halves:
+    """The weighted mean of the values."""
+    return _each(lambda x: x / sums.weights, sums.values)
 
 
-def _nothing(width: int) -> _Sums:
+def _nothing(width: int) -> Sums:
     zeros = jnp.zeros((_power(width // 2),), jnp.float32)
-    return _Sums(jnp.float32(FAR), jnp.float32(0), (zeros, zeros))
+    return Sums(jnp.float32(FAR), jnp.float32(0), (zeros, zeros))
 
 
 def _score(query: Halves, key: Halves, factor: float) -> jax.Array:
@@ -237,7 +304,7 @@ def _half(ref: Ref, place: Place, half: int, width: int) -> jax.Array:
     channels = lax.iota(jnp.int32, _power(width // 2))
     inside = channels < width // 2
     x = plgpu.load(
-        ref.at[(*place, half * (width // 2) + channels)],
+        ref.at[(*place[:-1], place[-1] + half * (width // 2) + channels)],
         mask=inside,
         other=jnp.zeros((), ref.dtype),
     )
@@ -293,11 +360,12 @@ def _stored(x: Halves, dtype: Any, mode: Mode) -> tuple[Halves, Halves, jax.Arra
     return _each(lambda half: half * scale, rounded), codes, scale
 
 
-def _write(ref: Ref, place: Place, halves: Halves, width: int) -> None:
+def write_halves(ref: Ref, place: Place, halves: Halves, width: int) -> None:
+    """Stores a vector of so many channels in the dtype of an array."""
     for half, x in enumerate(halves):
         channels = lax.iota(jnp.int32, x.shape[0])
         plgpu.store(
-            ref.at[(*place, half * (width // 2) + channels)],
+            ref.at[(*place[:-1], place[-1] + half * (width // 2) + channels)],
             x.astype(ref.dtype),
             mask=channels < width // 2,
         )

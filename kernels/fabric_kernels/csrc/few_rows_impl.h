@@ -204,7 +204,7 @@ void StoreFewRows(const Job& job, const Operand& operand, const FewRowsSums& sum
       if (job.sums != nullptr) {
         job.sums[at] = int32_t(value);
       } else {
-        job.out[group][at] = float(value) * operand.factors[t] * matrix.scale;
+        job.out[group][at] = float(value) * (operand.factors[t] * matrix.scale);
       }
     }
     const Adapter& adapter = job.adapter[group];

@@ -94,17 +94,15 @@ struct Isa : X86 {
   }
   static int32_t MaxLane(Vec v) { return _mm512_reduce_max_epi32(v); }
   static Vec Splat32(int v) { return _mm512_set1_epi32(v); }
-  // out = float(v) * a * b
-  static void StoreScaled(float* out, Vec v, float a, float b) {
-    __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(a));
-    _mm512_storeu_ps(out, _mm512_mul_ps(f, _mm512_set1_ps(b)));
+  // out = float(v) * factor
+  static void StoreScaled(float* out, Vec v, float factor) {
+    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(factor)));
   }
-  // out = (float(high) * 256 + float(low)) * a * b
-  static void StoreScaledPair(float* out, Vec high, Vec low, float a, float b) {
-    __m512 f = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f),
-                               _mm512_cvtepi32_ps(low));
-    f = _mm512_mul_ps(f, _mm512_set1_ps(a));
-    _mm512_storeu_ps(out, _mm512_mul_ps(f, _mm512_set1_ps(b)));
+  // out = (float(high) * 256 + float(low)) * factor
+  static void StoreScaledPair(float* out, Vec high, Vec low, float factor) {
+    const __m512 f = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f),
+                                     _mm512_cvtepi32_ps(low));
+    _mm512_storeu_ps(out, _mm512_mul_ps(f, _mm512_set1_ps(factor)));
   }
 
   using Floats = __m512;

@@ -97,14 +97,14 @@ struct Isa {
     return vmaxq_s32(top, And(Load(x), Splat32(0x7fffffff)));
   }
   static int32_t MaxLane(Vec v) { return vmaxvq_s32(v); }
-  // out = float(v) * a * b
-  static void StoreScaled(float* out, Vec v, float a, float b) {
-    vst1q_f32(out, vmulq_n_f32(vmulq_n_f32(vcvtq_f32_s32(v), a), b));
+  // out = float(v) * factor
+  static void StoreScaled(float* out, Vec v, float factor) {
+    vst1q_f32(out, vmulq_n_f32(vcvtq_f32_s32(v), factor));
   }
-  // out = (float(high) * 256 + float(low)) * a * b
-  static void StoreScaledPair(float* out, Vec high, Vec low, float a, float b) {
+  // out = (float(high) * 256 + float(low)) * factor
+  static void StoreScaledPair(float* out, Vec high, Vec low, float factor) {
     const float32x4_t f = vfmaq_n_f32(vcvtq_f32_s32(low), vcvtq_f32_s32(high), 256.0f);
-    vst1q_f32(out, vmulq_n_f32(vmulq_n_f32(f, a), b));
+    vst1q_f32(out, vmulq_n_f32(f, factor));
   }
 
   using Floats = float32x4_t;

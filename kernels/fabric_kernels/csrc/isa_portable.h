@@ -127,16 +127,16 @@ struct Isa {
     std::memcpy(q, v.b, 16);
     return std::max(std::max(q[0], q[1]), std::max(q[2], q[3]));
   }
-  static void StoreScaled(float* out, Vec v, float a, float b) {
+  static void StoreScaled(float* out, Vec v, float factor) {
     int32_t q[4];
     std::memcpy(q, v.b, 16);
-    for (int i = 0; i < 4; ++i) out[i] = float(q[i]) * a * b;
+    for (int i = 0; i < 4; ++i) out[i] = float(q[i]) * factor;
   }
-  static void StoreScaledPair(float* out, Vec high, Vec low, float a, float b) {
+  static void StoreScaledPair(float* out, Vec high, Vec low, float factor) {
     int32_t q[4], r[4];
     std::memcpy(q, high.b, 16);
     std::memcpy(r, low.b, 16);
-    for (int i = 0; i < 4; ++i) out[i] = (float(q[i]) * 256.0f + float(r[i])) * a * b;
+    for (int i = 0; i < 4; ++i) out[i] = (float(q[i]) * 256.0f + float(r[i])) * factor;
   }
 
   struct Floats {

@@ -84,17 +84,15 @@ struct Ymm : X86 {
     four = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
     return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 1)));
   }
-  // out = float(v) * a * b
-  static void StoreScaled(float* out, Vec v, float a, float b) {
-    const __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(v), _mm256_set1_ps(a));
-    _mm256_storeu_ps(out, _mm256_mul_ps(f, _mm256_set1_ps(b)));
+  // out = float(v) * factor
+  static void StoreScaled(float* out, Vec v, float factor) {
+    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(v), _mm256_set1_ps(factor)));
   }
-  // out = (float(high) * 256 + float(low)) * a * b
-  static void StoreScaledPair(float* out, Vec high, Vec low, float a, float b) {
-    __m256 f = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(256.0f),
-                               _mm256_cvtepi32_ps(low));
-    f = _mm256_mul_ps(f, _mm256_set1_ps(a));
-    _mm256_storeu_ps(out, _mm256_mul_ps(f, _mm256_set1_ps(b)));
+  // out = (float(high) * 256 + float(low)) * factor
+  static void StoreScaledPair(float* out, Vec high, Vec low, float factor) {
+    const __m256 f = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(256.0f),
+                                     _mm256_cvtepi32_ps(low));
+    _mm256_storeu_ps(out, _mm256_mul_ps(f, _mm256_set1_ps(factor)));
   }
 
   using Floats = __m256;

@@ -141,11 +141,11 @@ inline int64_t Terms(const Job& job) {
 
 // A row of a panel whose sums are longer than 32 bits.
 inline void StoreLongRow(const int32_t* row, const int32_t* sums, int digits, float factor,
-                         float scale, float* to) {
+                         float* to) {
   for (int i = 0; i < kPanel; ++i) {
     int64_t value = 0;
     for (int d = 0; d < digits; ++d) value = 256 * value + (row[d * kPanel + i] - sums[d]);
-    to[i] = float(value) * factor * scale;
+    to[i] = float(value) * factor;
   }
 }
 
@@ -162,9 +162,9 @@ void StorePanel(const Job& job, const Operand& operand, const int32_t* c, int gr
     float* floats = ints != nullptr ? nullptr : job.out[group] + (first + t) * ld + at;
     const bool whole = columns >= kPanel;
     void* to = whole ? (ints != nullptr ? static_cast<void*>(ints) : floats) : part;
-    const float factor = operand.factors[t];
-    const float scale = job.transposed ? 1.0f : job.matrix[group].scale;
-    if (is_long) StoreLongRow(row, sums, job.digits, factor, scale, static_cast<float*>(to));
+    // One multiplication by both scales, as absmax.py says.
+    const float factor = operand.factors[t] * (job.transposed ? 1.0f : job.matrix[group].scale);
+    if (is_long) StoreLongRow(row, sums, job.digits, factor, static_cast<float*>(to));
     for (int v = 0; v < 2 && !is_long; ++v) {
       const int32_t* from = row + v * kLanes;
       // Fields are codes + 1: the sum of the digits comes off again.
@@ -177,9 +177,9 @@ void StorePanel(const Job& job, const Operand& operand, const int32_t* c, int gr
         Isa::Store(static_cast<int32_t*>(to) + v * kLanes, top);
       } else if (job.digits == 3) {
         const Vec low = Isa::Sub32(Isa::Load(from + 2 * kPanel), Isa::Splat32(sums[2]));
-        Isa::StoreScaledPair(static_cast<float*>(to) + v * kLanes, top, low, factor, scale);
+        Isa::StoreScaledPair(static_cast<float*>(to) + v * kLanes, top, low, factor);
       } else {
-        Isa::StoreScaled(static_cast<float*>(to) + v * kLanes, top, factor, scale);
+        Isa::StoreScaled(static_cast<float*>(to) + v * kLanes, top, factor);
       }
     }
     if (!whole) {

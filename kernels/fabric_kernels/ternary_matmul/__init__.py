@@ -13,6 +13,7 @@ from fabric_kernels.ternary_matmul.api import (
 from fabric_kernels.ternary_matmul.prologue import Prologue as Prologue
 from fabric_kernels.ternary_matmul.select import Implementation as Implementation
 from fabric_kernels.ternary_matmul.select import SideImplementation as SideImplementation
+from fabric_kernels.ternary_matmul.select import resolve as resolve
 from fabric_kernels.ternary_matmul.select import select_implementation as select_implementation
 from fabric_kernels.ternary_matmul.select import side_implementation as side_implementation
 from fabric_kernels.ternary_matmul.weight import TernaryWeight as TernaryWeight

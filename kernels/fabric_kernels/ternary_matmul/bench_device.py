@@ -1,10 +1,11 @@
 """Measures the products on an accelerator beside its own limits and beside XLA's dense dots.
 
 ``python -m fabric_kernels.ternary_matmul.bench_device [--model NAME ...] [--shape NxK ...]
-[--rows M ...] [--implementation NAME ...] [--packing NAME ...] [--dense] [--json FILE]``
+[--rows M ...] [--product NAME ...] [--implementation NAME ...] [--packing NAME ...] [--dense]
+[--json FILE]``
 
 Limits are measured in the same run: bytes a second of a large copy, operations a second of a large
-bfloat16 and a large int8 product.
+bfloat16 and a large int8 product. ``fabric_jax.report.roofline`` draws what the JSON file has.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import jax
 from fabric_kernels.packing import Packing
 from fabric_kernels.ternary_matmul.arg_specs import MODELS, distinct_shapes
 from fabric_kernels.ternary_matmul.device_cases import (
+    PRODUCTS,
     DeviceCase,
     Limits,
     Timing,
@@ -116,7 +118,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     shapes = options.shape or [(n, k) for n, k, *_ in distinct_shapes(options.model)]
     chosen = options.implementation or device_implementations()
-    cases = device_cases(shapes, options.rows, chosen, options.packing, dense=options.dense)
+    cases = device_cases(
+        shapes,
+        options.rows,
+        chosen,
+        options.packing,
+        dense=options.dense,
+        products=options.product,
+    )
     limits = measure_limits()
     found = measure_all(cases, limits)
     if options.json is not None:
@@ -135,6 +144,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["bitnet-1b"], metavar="NAME")
     parser.add_argument("--shape", nargs="+", type=shape, metavar="NxK", help="in place of models")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 128, 1024, 8192])
+    parser.add_argument("--product", nargs="+", choices=PRODUCTS, default=PRODUCTS, metavar="NAME")
     parser.add_argument("--implementation", nargs="+", choices=get_args(Implementation))
     parser.add_argument("--packing", nargs="+", choices=get_args(Packing), default=["ternary2"])
     parser.add_argument("--dense", action="store_true", help="XLA's dots with unpacked matrices")

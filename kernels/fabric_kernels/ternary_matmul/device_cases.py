@@ -11,9 +11,10 @@ import numpy as np
 from jax import lax
 
 from fabric_kernels.packing import Packing, packed_width
+from fabric_kernels.ternary_matmul import select
 from fabric_kernels.ternary_matmul.bench_cases import make_stack
 from fabric_kernels.ternary_matmul.device_timing import CompiledTurns, compile_turns
-from fabric_kernels.ternary_matmul.select import Implementation, Product, products
+from fabric_kernels.ternary_matmul.select import Implementation, Product
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 UNROLLED = 4
@@ -145,7 +146,7 @@ def _packed(case: DeviceCase) -> tuple[Callable[..., list[jax.Array]], Any]:
     stack = _stack(case.n, k, packing)
     layers = stack.shape[0]
     # Dense dots have no packing, and so never come here.
-    run = products(cast(Implementation, case.implementation))
+    run = select.products(cast(Implementation, case.implementation))
     transposed = case.product == "linear_transposed"
 
     def turn(index: jax.Array, operands: Any) -> list[jax.Array]:
@@ -211,13 +212,14 @@ def device_cases(
     packings: Sequence[Packing],
     *,
     dense: bool,
+    products: Sequence[Product] = PRODUCTS,
 ) -> list[list[DeviceCase]]:
     """All cases, those of one shape [N, K] together."""
     found: list[list[DeviceCase]] = []
     for n, k in shapes:
         own: list[DeviceCase] = []
         for m in rows:
-            for product in PRODUCTS:
+            for product in products:
                 kinds: list[tuple[Any, Any]] = [
                     (implementation, packing)
                     for packing in packings

@@ -11,7 +11,7 @@ operand: the idea of the mixed-type kernels for this chip (Machete; JAX's and to
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fabric_kernels.low_rank import LowRank
 from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
-from fabric_kernels.ternary_matmul import triton, xla
+from fabric_kernels.ternary_matmul import mosaic_gpu_transposed, triton, xla
 from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_codes
 from fabric_kernels.ternary_matmul.triton_group import add_shares, quantized_rows
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
@@ -39,14 +39,11 @@ TILE_ROWS = 8
 MEMORY_REGISTERS = 40
 MULTIPROCESSORS = 132
 """Of an H100 SXM and an H200. Any number is correct: a block takes tiles until none are left."""
-
-
+LEAST_TOKENS = 128
+"""From so many on the backward product is a kernel of this module too; Triton's divides the outputs
+of a matrix among programs, so that few tokens occupy the GPU."""
 UNPACKED_TOKENS = 1024
-"""From so many tokens on the product of the backward pass is XLA's, of a matrix that it unpacks.
-
-On an H200, for N = 3584 and K = 2048, it took 258 us at 8192 tokens and the Triton kernel 453, a
-product of floats that are there already 165.
-"""
+"""From so many float32 gradients on it is XLA's, of a matrix that it unpacks."""
 
 
 @dataclass(frozen=True)
@@ -145,17 +142,23 @@ def linear_with_adapters(
 
 
 def linear_transposed(
-    gradients: Sequence[jax.Array], weights: Sequence[TernaryWeight]
+    gradients: Sequence[jax.Array], weights: Sequence[TernaryWeight], *, interpret: Any = None
 ) -> jax.Array:
-    """``sum_i scale_i · (g_i[..., n_i] · codes_i)`` in the dtype of the first."""
-    few = gradients[0].size < UNPACKED_TOKENS * weights[0].n
-    return (triton if few else xla).linear_transposed(gradients, weights)
+    """``sum_i scale_i · (g_i[..., n_i] · codes_i)`` in the dtype of the first.
+
+    Summed in float32 over all matrices and rounded once, but where gradients are float32.
+    """
+    if not _multiplies_back(gradients, weights):
+        few = _rows(gradients[0]) < UNPACKED_TOKENS
+        return (triton if few else xla).linear_transposed(gradients, weights)
+    rows = [g.reshape(-1, g.shape[-1]) for g in gradients]
+    dx = mosaic_gpu_transposed.product(rows, weights, interpret=interpret)
+    return dx.reshape(*gradients[0].shape[:-1], weights[0].k)
 
 
 def matmul_transposed(g: jax.Array, weight: TernaryWeight) -> jax.Array:
     """``g[..., n] · codes`` in the dtype of ``g``."""
-    few = g.size < UNPACKED_TOKENS * weight.n
-    return (triton if few else xla).matmul_transposed(g, weight)
+    return linear_transposed((g,), (replace(weight, scale=jnp.ones((), jnp.float32)),))
 
 
 def transposed_with_adapters(
@@ -166,13 +169,32 @@ def transposed_with_adapters(
     narrow: Sequence[jax.Array],
     *,
     bits: int = 16,
+    interpret: Any = None,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array] | None]]:
-    """The gradients of :func:`linear_with_adapters`, as those of the Triton implementation."""
-    few = gradients[0].size < UNPACKED_TOKENS * weights[0].n
-    products = None if few else xla.unscaled_transposed(gradients, weights)
+    """The gradients of :func:`linear_with_adapters`, as those of the Triton implementation.
+
+    That adds the adapters' shares to the products with codes, and makes their gradients.
+    """
+    products = total = None
+    if _multiplies_back(gradients, weights):
+        total = linear_transposed(gradients, weights, interpret=interpret)
+        if all(adapter is None for adapter in adapters):
+            return total, [None] * len(adapters)
+    elif _rows(gradients[0]) >= UNPACKED_TOKENS:
+        products = xla.unscaled_transposed(gradients, weights)
     return triton.transposed_with_adapters(
-        x, gradients, weights, adapters, narrow, bits=bits, products=products
+        x, gradients, weights, adapters, narrow, bits=bits, products=products, total=total
     )
+
+
+def _multiplies_back(gradients: Sequence[jax.Array], weights: Sequence[TernaryWeight]) -> bool:
+    """Whether the backward product is a kernel of this module."""
+    many = _rows(gradients[0]) >= LEAST_TOKENS
+    return many and mosaic_gpu_transposed.takes(gradients, weights)
+
+
+def _rows(g: jax.Array) -> int:
+    return g.size // max(g.shape[-1], 1)
 
 
 def _product(

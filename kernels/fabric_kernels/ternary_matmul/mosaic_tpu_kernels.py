@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from fabric_kernels.absmax import scale_sums
 from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul.mosaic_tpu_blocks import LANES, Target, Tiling
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
@@ -111,8 +112,7 @@ def forward(
         target: what for.
         dtype: of the result.
         sums: int32 [M, 1], of each row, where the activations are int8.
-        act_scale: float32 [M, 1], divides the product, which the weight's scale then multiplies;
-            None for the bare product.
+        act_scale: float32 [M, 1], of the activations; None for the bare product.
     """
     t, n = tiling, weight.n
     layer, stack = _stack(weight)
@@ -168,7 +168,7 @@ def _forward_kernel(layer: Any, x: Any, packed: Any, *refs: Any, int8: bool) -> 
         y = acc[...] - rest[0][...] if rest else acc[...]
         if len(rest) > 1:
             _, act_scale, scale = rest
-            y = y.astype(jnp.float32) / act_scale[...] * scale[0]
+            y = scale_sums(y, act_scale[...], scale[0])
         out[...] = y.astype(out.dtype)
 
 

@@ -145,12 +145,13 @@ def transposed_with_adapters(
     *,
     bits: int = 16,
     products: Sequence[jax.Array] | None = None,
+    total: jax.Array | None = None,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array] | None]]:
     """The gradients of :func:`linear_with_adapters`: by ``x``, and by A and B (float32).
 
     ``x`` is not read where there are no adapters. ``products`` are the gradients' with codes,
-    not scaled, where they have been computed. Fixed-point numbers, whose ``bits`` these are, aren't
-    used here.
+    not scaled, where they have been computed, and ``total`` is their scaled sum. Fixed-point
+    numbers, whose ``bits`` these are, aren't used here.
     """
     del bits
     for g in gradients:
@@ -170,6 +171,7 @@ def transposed_with_adapters(
         tuple(adapters),
         [u.reshape(len(rows[0]), u.shape[-1]) for u in narrow],
         None if products is None else [p.reshape(-1, k) for p in products],
+        None if total is None else total.reshape(-1, k),
     )
     return dx.reshape(*leading, k), pairs
 

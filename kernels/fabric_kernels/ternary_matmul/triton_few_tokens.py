@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fabric_kernels.absmax import EPSILON
+from fabric_kernels.absmax import EPSILON, rounded
 from fabric_kernels.norm import Gate, activate
 from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul.triton_kernels import Ref, Tile, scale_at
@@ -162,13 +162,12 @@ def _rows(
         mask=_long(columns < width, tile) if width != tile.w else None,
     )
     for t in range(out.shape[0]):
-        planes, total, factor = _codes(*tokens, t, index, columns, mode)
-        y = jnp.sum(_dot(bytes_, [_long(p, tile) for p in planes], mode), axis=1) - total
-        if factor is not None:
-            y = y.astype(jnp.float32) * (factor(y.shape) * scale_at(scale, index))
-        y = y.astype(out.dtype)
-        if "residual" in tokens[0]:
-            y = y + plgpu.load(tokens[0]["residual"].at[t, rows])
+        refs, row = tokens
+        before = (row.activation, row.eps)
+        codes = codes_of_row(refs, before, (t, index), columns, mode)
+        y = product_of_row(bytes_, codes, scale_at(scale, index), out.dtype, tile, mode)
+        if "residual" in refs:
+            y = y + plgpu.load(refs["residual"].at[t, rows])
         plgpu.store(out.at[t, numbers], y, mask=numbers < out.shape[1])
 
 
@@ -180,11 +179,51 @@ def _long(columns: jax.Array, tile: Tile) -> jax.Array:
     return lax.broadcast_in_dim(columns, (tile.n, tile.w), (1,))
 
 
-def _codes(
-    refs: dict[str, Ref], row: Row, t: int, layer: jax.Array, columns: jax.Array, mode: Mode
-) -> tuple[list[jax.Array], jax.Array, Callable[[tuple[int, ...]], jax.Array] | None]:
-    """A token's four planes of int8 codes [W], their sum, and what multiplies its products."""
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """A token as the products take it.
+
+    Attributes:
+        planes: four of int8 codes [W].
+        total: their sum, int32.
+        factor: gives what multiplies its products, in a shape; None for bare codes.
+    """
+
+    planes: list[jax.Array]
+    total: jax.Array
+    factor: Callable[[tuple[int, ...]], jax.Array] | None
+
+
+def product_of_row(
+    packed: jax.Array, codes: Codes, scale: jax.Array, dtype: Any, tile: Tile, mode: Mode
+) -> jax.Array:
+    """The products [tile.n] of a token and a tile of rows [tile.n, tile.w], in a dtype."""
+    planes = [_long(plane, tile) for plane in codes.planes]
+    y = jnp.sum(_dot(packed, planes, mode), axis=1) - codes.total
+    if codes.factor is not None:
+        y = rounded(y.astype(jnp.float32) * (codes.factor(y.shape) * scale))
+    return y.astype(dtype)
+
+
+def codes_of_row(
+    refs: dict[str, Ref],
+    before: tuple[Gate | None, float],
+    at: tuple[Any, jax.Array],
+    columns: jax.Array,
+    mode: Mode,
+) -> Codes:
+    """A token quantised, after what comes before that.
+
+    Args:
+        refs: ``x`` [M, K], floats or codes; ``factors`` [M] of codes; ``gate`` [M, K] and ``gain``
+            [K] or [L, K] where there are any.
+        before: activation of the gate, epsilon of the norm.
+        at: the token, and the layer of the gain.
+        columns: of bytes, W of them.
+        mode: what runs it.
+    """
     k = refs["x"].shape[1]
+    (t, layer), (activation, eps) = at, before
 
     def load(name: str, j: int) -> jax.Array:
         at, ref = CODES_PER_BYTE * columns + j, refs[name]
@@ -200,16 +239,16 @@ def _codes(
         factor = partial(jnp.full, fill_value=refs["factors"][t]) if "factors" in refs else None
         codes = [plane.astype(jnp.int32) for plane in planes]
     else:
-        if row.activation is not None:
+        if activation is not None:
             gates = [load("gate", j) for j in range(CODES_PER_BYTE)]
-            planes = [_gated(g, x, row.activation) for g, x in zip(gates, planes, strict=True)]
+            planes = [gated(g, x, activation) for g, x in zip(gates, planes, strict=True)]
         if "gain" in refs:
             gains = [load("gain", j) for j in range(CODES_PER_BYTE)]
-            planes = _normalise(planes, gains, k, row.eps)
+            planes = _normalise(planes, gains, k, eps)
         codes, factor = _quantize([plane.astype(jnp.float32) for plane in planes], mode)
     # One reduction across the program instead of four.
     total = jnp.sum(_added(codes))
-    return [plane.astype(jnp.int8) for plane in codes], total, factor
+    return Codes(planes=[plane.astype(jnp.int8) for plane in codes], total=total, factor=factor)
 
 
 def _added(planes: list[jax.Array]) -> jax.Array:
@@ -217,7 +256,7 @@ def _added(planes: list[jax.Array]) -> jax.Array:
     return (first + second) + (third + fourth)
 
 
-def _gated(gate: jax.Array, x: jax.Array, activation: Gate) -> jax.Array:
+def gated(gate: jax.Array, x: jax.Array, activation: Gate) -> jax.Array:
     """Steps rounded as ``gated_product``'s; Triton has no division in half precision."""
     if activation == "silu":
         return gate * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(gate.dtype) * x

@@ -130,6 +130,7 @@ def transposed_group(
     adapters: Adapters,
     narrow: Sequence[jax.Array],
     products: Sequence[jax.Array] | None = None,
+    total: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Pair | None]]:
     """The gradients by x [M, K], and by A and B of each adapter in float32; M is not 0.
 
@@ -140,6 +141,7 @@ def transposed_group(
         adapters: of each, or None.
         narrow: what the forward call returned.
         products: ``g · codes`` [M, K] of each where they have been computed.
+        total: their scaled sum [M, K] in place of them, likewise.
     """
 
     def call(*args: Any, mode: Mode) -> Any:
@@ -147,7 +149,7 @@ def transposed_group(
 
     small, large = _small(adapters), _large(adapters)
     own, others = list(narrow[:1]), list(narrow[1:])
-    dx, pairs = on_platform(call, x, gradients, weights, small, own, products)
+    dx, pairs = on_platform(call, x, gradients, weights, small, own, products, total)
     for i, one in enumerate(large):
         if one is not None:
             assert x is not None
@@ -164,14 +166,18 @@ def _transposed(
     small: Adapters,
     narrow: Sequence[jax.Array],
     products: Sequence[jax.Array] | None,
+    total: jax.Array | None,
     *,
     mode: Mode,
 ) -> tuple[jax.Array, list[Pair | None]]:
     dtype, module = gradients[0].dtype, group_kernels()[1]
     m, width, packing = gradients[0].shape[0], width_of(weights[0]), weights[0].packing
     present = [one for one in small if one is not None]
-    parts, terms = None, []
-    if products is None:
+    parts: Any = None
+    terms: list[Any] = []
+    if total is not None:
+        terms = [(total[None], None)]
+    elif products is None:
         parts = transposed_parts(m, [w.n for w in weights], width, dtype)
     else:
         factors = [stack_of(w)[1:] for w in weights]

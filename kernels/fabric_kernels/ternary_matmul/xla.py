@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fabric_kernels.absmax import absmax_quantize
+from fabric_kernels.absmax import absmax_quantize, scale_sums
 from fabric_kernels.packing import CODES_PER_BYTE, unpack
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
@@ -30,8 +30,7 @@ def linear(x: jax.Array, weights: Sequence[TernaryWeight]) -> tuple[jax.Array, .
     turn = codes
     for weight in weights:
         one = _in_turn(weight, turn)
-        product = matmul(codes, one).astype(jnp.float32)
-        turn = (product / act_scale * one.scale).astype(x.dtype)
+        turn = scale_sums(matmul(codes, one), act_scale, one.scale).astype(x.dtype)
         outputs.append(turn)
     return tuple(outputs)
 

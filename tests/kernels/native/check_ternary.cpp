@@ -85,7 +85,7 @@ void CheckFloat(const Shape& shape, const Problem& problem, const Row& row, int6
   const Product product = Multiply(problem, row, group, column);
   const float scale = job.transposed ? 1.0f : job.matrix[group].scale;
   if (shape.rank == 0 && job.digits < 3) {
-    const float expected = float(product.sum) * row.factor * scale;
+    const float expected = float(product.sum) * (row.factor * scale);
     return report.Expect(found == expected, "product", m, column, found, expected);
   }
   const Wide wide = AdapterPart(job, m, group, column);

@@ -1,0 +1,5 @@
+"""A step of decoding through all layers of a decoder at once."""
+
+from fabric_kernels.decoding.api import LayerStacks as LayerStacks
+from fabric_kernels.decoding.api import decode_layers as decode_layers
+from fabric_kernels.decoding.api import why_not as why_not

@@ -1,0 +1,342 @@
+"""The Pallas-Triton kernel of a step of decoding through all layers.
+
+Five phases a layer, with a barrier of all programs before each: q, k and v; attention; o; gate and
+up; down. A program has every G-th tile of rows of a matrix. It asks for its first weights before it
+waits, then makes the codes of the tokens, all by itself: that costs less than another barrier.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from fabric_kernels.attention.cache import KVCache
+from fabric_kernels.attention.triton_cached import (
+    LOG2_E,
+    DecodingStep,
+    attend_and_store,
+    mean_values,
+    write_halves,
+)
+from fabric_kernels.decoding.api import LayerStacks
+from fabric_kernels.decoding.grid_barrier import arrive, wait
+from fabric_kernels.norm import Gate
+from fabric_kernels.ternary_matmul.triton_few_tokens import (
+    Codes,
+    codes_of_row,
+    gated,
+    product_of_row,
+)
+from fabric_kernels.ternary_matmul.triton_kernels import Tile, scale_at
+from fabric_kernels.triton_call import Mode
+
+Ref = Any
+PHASES = 5
+WARPS = 16
+TILE_BYTES = 64 * 32 * WARPS
+"""Of weights in a tile at most: 64 to a thread."""
+MOST_TILE_ROWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a program knows.
+
+    Attributes:
+        at: the arrays by name; ``h``, ``counter`` and the cache are read and written in place.
+        stored: the cache's.
+        rows: B.
+        heads: H.
+        kv_heads: K.
+        activation: of the gate.
+        eps: of the norms.
+        factor: on scores, for powers of two.
+        programs: G.
+        program: which of them this is.
+        mode: what runs it.
+    """
+
+    at: dict[str, Ref]
+    stored: Sequence[Ref]
+    rows: int
+    heads: int
+    kv_heads: int
+    activation: Gate
+    eps: float
+    factor: float
+    programs: int
+    program: jax.Array
+    mode: Mode
+
+
+def decode_layers(
+    h: jax.Array,
+    stacks: LayerStacks,
+    cache: KVCache,
+    positions: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    scale: float,
+    *,
+    programs: int,
+    mode: Mode,
+) -> tuple[jax.Array, KVCache]:
+    """As :func:`fabric_kernels.decoding.decode_layers`, what is given checked.
+
+    ``programs`` must all be able to run at the same time.
+    """
+    rows = h.shape[0]
+    stored = [cache.keys, cache.values]
+    if cache.key_scales is not None and cache.value_scales is not None:
+        stored += [cache.key_scales, cache.value_scales]
+    matrices = stacks.matrices
+    inputs = {
+        "positions": positions,
+        "cos": angles[0],
+        "sin": angles[1],
+        **stacks.gains,
+        **{f"{name}_packed": matrix.packed for name, matrix in matrices.items()},
+        **{f"{name}_scale": matrix.scale for name, matrix in matrices.items()},
+    }
+    in_place = {"h": h.reshape(rows, -1), "counter": jnp.zeros(1, jnp.int32)}
+    between = {
+        **{name: matrices[name].n for name in ("q", "k", "v")},
+        "attended": stacks.heads * cache.keys.shape[-1],
+        "middle": matrices["gate"].n,
+    }
+    kept = [*in_place.values(), *stored]
+    outputs = pl.pallas_call(
+        partial(
+            _program,
+            names=(list(inputs), [*in_place, *[f"cache{i}" for i in range(len(stored))]]),
+            between=list(between),
+            make=partial(
+                Step,
+                rows=rows,
+                heads=stacks.heads,
+                kv_heads=stacks.kv_heads,
+                activation=stacks.activation,
+                eps=stacks.eps,
+                factor=scale * LOG2_E,
+                programs=programs,
+                mode=mode,
+            ),
+        ),
+        out_shape=[
+            *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept],
+            *[jax.ShapeDtypeStruct((rows, n), h.dtype) for n in between.values()],
+        ],
+        grid=(programs,),
+        input_output_aliases={len(inputs) + i: i for i in range(len(kept))},
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=mode == "interpret",
+        name="decode_layers",
+    )(*inputs.values(), *kept)
+    new = replace(cache, keys=outputs[2], values=outputs[3])
+    if len(stored) > 2:
+        new = replace(new, key_scales=outputs[4], value_scales=outputs[5])
+    return outputs[0].reshape(h.shape), new
+
+
+def _program(
+    *refs: Ref,
+    names: tuple[list[str], list[str]],
+    between: list[str],
+    make: Callable[..., Step],
+) -> None:
+    inputs, in_place = names
+    # Of what is in place, the references of the results are read too.
+    others = refs[len(inputs) + len(in_place) :]
+    at = dict(zip(inputs, refs, strict=False)) | dict(
+        zip([*in_place, *between], others, strict=True)
+    )
+    stored = [at[name] for name in in_place if name.startswith("cache")]
+    step = make(at=at, stored=stored, program=pl.program_id(0))
+
+    def layer(index: jax.Array, seen: jax.Array) -> jax.Array:
+        for number, phase in enumerate((_project, _attend, _close, _widen, _narrow)):
+            arrivals = (index * PHASES + number) * step.programs
+            ready = partial(wait, at["counter"], seen, arrivals, step.mode)
+            phase(step, index, ready)
+            seen = arrive(at["counter"], step.mode)
+        return seen
+
+    lax.fori_loop(0, at["q_packed"].shape[0], layer, jnp.int32(0))
+
+
+# ---- phases: each calls ``ready`` before it reads what others have written ----------------------
+
+
+def _project(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
+    """q, k and v of the normalised residual stream."""
+    names = ("q", "k", "v")
+    _products(step, layer, ready, names, ("h", "attention_gain"), names)
+
+
+def _close(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
+    """The residual stream plus o."""
+    _products(step, layer, ready, ("o",), ("attended", "sub_gain"), ("h",), add=True)
+
+
+def _narrow(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
+    """The residual stream plus down."""
+    _products(step, layer, ready, ("down",), ("middle", "mlp_sub_gain"), ("h",), add=True)
+
+
+def _attend(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
+    """Each query head of each row by a program."""
+    at, width = step.at, step.stored[0].shape[4]
+    slots = step.stored[0].shape[3]
+    ready()
+
+    def head(turn: jax.Array, _: jax.Array) -> jax.Array:
+        item = step.program + turn * step.programs
+        row = item // step.heads
+        query = item - row * step.heads
+        one = DecodingStep(
+            q=lambda head: (at["q"], (row, head * width)),
+            k=lambda head: (at["k"], (row, head * width)),
+            v=lambda head: (at["v"], (row, head * width)),
+            turn=(at["cos"], at["sin"]),
+            stored=step.stored,
+            new=step.stored,
+            shared=step.heads // step.kv_heads,
+            factor=step.factor,
+        )
+        bounds = (at["positions"][row, 0], jnp.int32(0), jnp.int32(slots))
+        (sums,) = attend_and_store(one, (layer, row, query), 1, bounds, True, step.mode)
+        write_halves(at["attended"], (row, query * width), mean_values(sums), width)
+        return turn
+
+    count = _turns(step, step.program, step.rows * step.heads)
+    lax.fori_loop(0, count, head, jnp.int32(0))
+
+
+def _widen(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
+    """The gated product of gate and up, whose equal rows a program has together."""
+    at, n = step.at, step.at["gate_packed"].shape[1]
+    tile = _tile(step, "gate", each=2)
+    start = step.program
+
+    def load(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return tuple(_load(at[f"{name}_packed"], layer, number, tile) for name in ("gate", "up"))
+
+    first = load(start)
+    ready()
+    codes = _codes(step, layer, ("h", "mlp_gain"), tile)
+    scales = [scale_at(at[f"{name}_scale"], layer) for name in ("gate", "up")]
+
+    def body(turn: jax.Array, packed: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        number = start + turn * step.programs
+        following = load(number + step.programs)
+        outputs = number * tile.n + lax.iota(jnp.int32, tile.n)
+        for t, own in enumerate(codes):
+            gate, up = (
+                product_of_row(bytes_, own, scale, at["middle"].dtype, tile, step.mode)
+                for bytes_, scale in zip(packed, scales, strict=True)
+            )
+            y = gated(gate, up, step.activation)
+            plgpu.store(at["middle"].at[t, outputs], y, mask=outputs < n)
+        return following
+
+    lax.fori_loop(0, _turns(step, start, pl.cdiv(n, tile.n)), body, first)
+
+
+# ---- products -----------------------------------------------------------------------------------
+
+
+def _products(
+    step: Step,
+    layer: jax.Array,
+    ready: Callable[[], None],
+    names: Sequence[str],
+    source: tuple[str, str],
+    targets: Sequence[str],
+    *,
+    add: bool = False,
+) -> None:
+    """Products of some matrices with what they share, stored in, or added to, other arrays."""
+    at = step.at
+    tiles = [_tile(step, name) for name in names]
+    counts = [
+        pl.cdiv(at[f"{name}_packed"].shape[1], tile.n)
+        for name, tile in zip(names, tiles, strict=True)
+    ]
+    # A program's turn comes in all tiles of all matrices, one after another.
+    starts = [
+        lax.rem(step.program + (-sum(counts[:i]) % step.programs), jnp.int32(step.programs))
+        for i in range(len(names))
+    ]
+    first = [
+        _load(at[f"{name}_packed"], layer, start, tile)
+        for name, start, tile in zip(names, starts, tiles, strict=True)
+    ]
+    ready()
+    codes = _codes(step, layer, source, tiles[0])
+    for i, (name, tile, target) in enumerate(zip(names, tiles, targets, strict=True)):
+        scale = scale_at(at[f"{name}_scale"], layer)
+        start, packed, out = starts[i], at[f"{name}_packed"], at[target]
+
+        def body(turn: jax.Array, bytes_: jax.Array, own: Any = (packed, out, tile, start, scale)):
+            packed, out, tile, start, scale = own
+            number = start + turn * step.programs
+            following = _load(packed, layer, number + step.programs, tile)
+            outputs = number * tile.n + lax.iota(jnp.int32, tile.n)
+            mask = outputs < out.shape[1]
+            for t, row in enumerate(codes):
+                y = product_of_row(bytes_, row, scale, out.dtype, tile, step.mode)
+                where = out.at[t, outputs]
+                if add:
+                    y = y + plgpu.load(where, mask=mask, other=jnp.zeros((), out.dtype))
+                plgpu.store(where, y, mask=mask)
+            return following
+
+        lax.fori_loop(0, _turns(step, start, counts[i]), body, first[i])
+
+
+def _turns(step: Step, start: jax.Array, count: int) -> jax.Array:
+    """How many of ``count`` things a program has that begins with ``start``."""
+    return (count - start + step.programs - 1) // step.programs
+
+
+def _codes(step: Step, layer: jax.Array, source: tuple[str, str], tile: Tile) -> list[Codes]:
+    """All tokens of an array, normalised where there is a gain, quantised."""
+    x, gain = source
+    refs = {"x": step.at[x]} | ({"gain": step.at[gain]} if gain in step.at else {})
+    columns = lax.iota(jnp.int32, tile.w)
+    return [
+        codes_of_row(refs, (None, step.eps), (t, layer), columns, step.mode)
+        for t in range(step.rows)
+    ]
+
+
+def _load(packed: Ref, layer: jax.Array, number: jax.Array, tile: Tile) -> jax.Array:
+    """A tile of rows, [tile.n, tile.w]; zeros beyond the matrix."""
+    _, n, width = packed.shape
+    shape = (tile.n, tile.w)
+    rows = number * tile.n + lax.broadcasted_iota(jnp.int32, shape, 0)
+    columns = lax.broadcasted_iota(jnp.int32, shape, 1)
+    mask = (rows < n) & (columns < width) if width != tile.w else rows < n
+    return plgpu.load(packed.at[layer, rows, columns], mask=mask, other=jnp.uint8(0))
+
+
+def _tile(step: Step, name: str, each: int = 1) -> Tile:
+    """As many rows as keep every program about equally busy.
+
+    ``each`` is how many tiles a program has at a time.
+    """
+    _, n, width = step.at[f"{name}_packed"].shape
+    w = max(128, 1 << (width - 1).bit_length())
+
+    def longest(rows: int) -> tuple[int, int]:
+        tiles = pl.cdiv(n, rows)
+        return pl.cdiv(tiles, step.programs) * rows, -rows
+
+    most = max(4, min(MOST_TILE_ROWS, TILE_BYTES // (w * each)))
+    choices = [rows for rows in (4, 8, 16) if rows <= most]
+    return Tile(m=1, n=min(choices, key=longest), w=w, warps=WARPS, stages=1)
