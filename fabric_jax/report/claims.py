@@ -6,6 +6,7 @@ from fabric_jax.report.biomed import is_whole, seconds, shape_of, smallest_epoch
 from fabric_jax.report.document import Tone, Value, Verdict
 from fabric_jax.report.published import published
 from fabric_jax.report.records_index import MEMORY, Index, device_name, mib, number, short
+from fabric_jax.report.tables import lossless_variant
 from fabric_jax.sweeps.records import Record
 
 TOLERANCE = 1.0
@@ -176,7 +177,7 @@ def _lossless(index: Index) -> Verdict:
     ]
     evidence = [
         (
-            f"{r.platform}, {r.cell['implementation']}, {r.cell['packing']}: mean KL, top token",
+            f"{r.platform}, {r.cell['model']}, {lossless_variant(r)}: mean KL, top token",
             Value(
                 f"{r.metrics['kl_mean']:.1e}, {100 * r.metrics['top1_agreement']:.2f} %", r.digest
             ),
@@ -194,6 +195,11 @@ def _lossless(index: Index) -> Verdict:
         f"{100 * theirs['top1_agreement']:.2f} %, between two backends. Held to the same figures "
         "here: each implementation of the packed products against float32 master weights.",
     ]
+    missing = [
+        f"{r.platform}, {r.cell['model']}, {lossless_variant(r)}" for r in exact if r not in holding
+    ]
+    if holding and missing:
+        reasons.append(f"It does not with: {'; '.join(missing)}.")
     claim = "inference is lossless: backends agree with the reference"
     return _verdict(claim, _tone(len(holding), len(exact)), reasons, evidence)
 

@@ -62,7 +62,8 @@ def _metrics(records: Sequence[Record]) -> list[str]:
     named = next((record.columns for record in records if record.columns), [])
     have = [name for r in records for name, v in r.metrics.items() if isinstance(v, int | float)]
     known = list(dict.fromkeys(have))
-    there = {name for record in records for name in record.metrics}
+    # Times of cells that ran beside one another are null.
+    there = {name for r in records for name, value in r.metrics.items() if value is not None}
     return [name for name in named if name in there] or known[:MOST_COLUMNS]
 
 

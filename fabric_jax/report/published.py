@@ -34,7 +34,11 @@ DECODE_NOTE = (
 )
 LOSSLESS_NOTE = (
     "Published: GPU against CPU; model, text and number of chunks not stated. Logits of that tool "
-    "are stored in 16 bits, whose own floor is 5.5e-4 in its documentation."
+    "are stored in 16 bits, whose own floor is 5.5e-4 in its documentation. Ours: with products "
+    "alone, norms, gates and attention are the reference's too, and 0 means equal to the last bit; "
+    "otherwise those sum in another order. bitnet-tiny has random weights and reads random tokens: "
+    "its likeliest tokens are nearly tied, so a last bit turns them, which in a trained model it "
+    "does not."
 )
 RANK_NOTE = (
     "Published: Qwen3-1.7B in PyTorch, 33 test questions, so ±15 points at 95 %; no accuracy of a "

@@ -1,7 +1,6 @@
 """The published tables beside ours."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from fabric_jax.report.document import Block, Heading, Table, Text, Value
 from fabric_jax.report.published import (
@@ -198,30 +197,28 @@ def lossless_tables(index: Index) -> list[Block]:
     theirs = published()["lossless"]
     for platform in index.platforms("lossless"):
         records = [r for r in index.find("lossless", platform) if r.status == "ok"]
-        if not records:
-            continue
-        rows: list[tuple[Value, ...]] = [
-            (Value("published, GPU against CPU"), *(Value(_exact(theirs[n])) for n in names)),
-        ]
-        rows += [
-            (Value(_variant(r.cell), r.digest), *(figure_of(r, (n,), _exact) for n in names))
-            for r in sorted(records, key=lambda r: _variant(r.cell))
-        ]
-        sample = records[0]
-        of = f"{sample.cell['model']}, {sample.metrics['positions']:,} tokens"
-        blocks += [
-            Heading(text=f"Divergence from the float32 reference on {platform}", level=3),
-            Text(text=f"{_what(records)}. Model {of}."),
-            Table(
-                columns=("variant", "mean KL", "99 % KL", "max KL", "same top token", "PPL ratio"),
-                rows=rows,
-            ),
-        ]
+        for model in sorted({record.cell["model"] for record in records}):
+            own = [record for record in records if record.cell["model"] == model]
+            rows: list[tuple[Value, ...]] = [
+                (Value("published, GPU against CPU"), *(Value(_exact(theirs[n])) for n in names)),
+            ]
+            rows += [
+                (Value(lossless_variant(r), r.digest), *(figure_of(r, (n,), _exact) for n in names))
+                for r in sorted(own, key=lossless_variant)
+            ]
+            of = f"{model}, {own[0].metrics['positions']:,} tokens"
+            columns = ("variant", "mean KL", "99 % KL", "max KL", "same top token", "PPL ratio")
+            blocks += [
+                Heading(text=f"Divergence from the float32 reference on {platform}", level=3),
+                Text(text=f"{_what(own)}. Model {of}."),
+                Table(columns=columns, rows=rows),
+            ]
     return [*blocks, Text(text=LOSSLESS_NOTE, small=True)] if blocks else []
 
 
-def _variant(cell: dict[str, Any]) -> str:
+def lossless_variant(record: Record) -> str:
     """What differs from plain float32 with packed weights."""
+    cell = record.cell
     base = {"dtype": "float32", "embedding": "float32", "act_quant": "per_token"}
     words = {
         "dtype": "{} activations",
@@ -229,8 +226,9 @@ def _variant(cell: dict[str, Any]) -> str:
         "act_quant": "activations quantised {}",
     }
     changed = [words[k].format(cell[k]) for k, v in base.items() if cell[k] != v]
-    text = f"{cell['implementation']}, {cell['packing']}"
-    return f"{text}, {', '.join(changed)}" if changed else text
+    if cell["implementation"] != "xla" and cell.get("sides") == "xla":
+        changed.append("products alone")
+    return ", ".join([cell["implementation"], cell["packing"], *changed])
 
 
 def _seconds(seconds: float) -> str:

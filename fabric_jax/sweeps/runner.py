@@ -218,6 +218,9 @@ def _run_task(
         environment=recorded_variables(chosen),
     )
 
+    # Of each device one cell at a time is timed.
+    turn = task.path.absolute().parent / f".turn{chosen.get('CUDA_VISIBLE_DEVICES', '')}"
+
     def run(prepare: bool) -> Ending:
         return run_process(
             Job(
@@ -227,7 +230,7 @@ def _run_task(
                 parent=os.getpid(),
                 prepare=prepare,
             ),
-            process_environment(chosen, str(task.path.absolute().parent / ".turn")),
+            process_environment(chosen, str(turn)),
             timeout=options.timeout or experiment.timeout,
             memory_bytes=_memory_limit(options),
             stop=stop,

@@ -232,3 +232,22 @@ def test_a_seed_without_a_partner_is_left_out_of_differences(
     path = folder(*records)
     write_report(path, path)
     assert table_row((path / "report.md").read_text(), "b")[-1] == "+0.5 ± 0"
+
+
+def test_a_metric_that_no_record_has_is_no_column(folder: Folder, make_record: Make) -> None:
+    records = [
+        make_record(
+            "ablations.runs",
+            "cpu",
+            {"rank": rank, "seed": seed},
+            {"accuracy": 0.5, "step_seconds": None},
+            columns=["accuracy", "step_seconds"],
+        )
+        for rank in (4, 8)
+        for seed in (0, 1)
+    ]
+    path = folder(*records)
+    write_report(path, path)
+    text = (path / "report.md").read_text()
+    assert "| rank | seeds | accuracy |" in text
+    assert "None" not in text
