@@ -1,6 +1,7 @@
 """The published claims, and what the records say of each."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from fabric_jax.report.document import Tone, Value, Verdict
 from fabric_jax.report.published import published
@@ -177,7 +178,8 @@ def _lossless(index: Index) -> Verdict:
     ]
     evidence = [
         (
-            f"{r.platform}, {r.cell['implementation']}, {r.cell['packing']}: mean KL, top token",
+            f"{r.platform}, {r.cell['model']}, {r.cell['implementation']}, {r.cell['packing']}"
+            f"{_sides(r.cell)}: mean KL, top token",
             Value(
                 f"{r.metrics['kl_mean']:.1e}, {100 * r.metrics['top1_agreement']:.2f} %", r.digest
             ),
@@ -197,6 +199,10 @@ def _lossless(index: Index) -> Verdict:
     ]
     claim = "inference is lossless: backends agree with the reference"
     return _verdict(claim, _tone(len(holding), len(exact)), reasons, evidence)
+
+
+def _sides(cell: dict[str, Any]) -> str:
+    return "" if cell.get("sides", "own") == "own" else ", products alone"
 
 
 def _tone(holding: int, total: int) -> Tone:

@@ -196,10 +196,14 @@ def lossless_tables(index: Index) -> list[Block]:
     blocks: list[Block] = []
     names = ("kl_mean", "kl_p99", "kl_max", "top1_agreement", "perplexity_ratio")
     theirs = published()["lossless"]
-    for platform in index.platforms("lossless"):
-        records = [r for r in index.find("lossless", platform) if r.status == "ok"]
-        if not records:
-            continue
+    for platform, model in sorted(
+        {(r.platform, str(r.cell["model"])) for r in index.find("lossless") if r.status == "ok"}
+    ):
+        records = [
+            r
+            for r in index.find("lossless", platform)
+            if r.status == "ok" and r.cell["model"] == model
+        ]
         rows: list[tuple[Value, ...]] = [
             (Value("published, GPU against CPU"), *(Value(_exact(theirs[n])) for n in names)),
         ]
@@ -208,9 +212,9 @@ def lossless_tables(index: Index) -> list[Block]:
             for r in sorted(records, key=lambda r: _variant(r.cell))
         ]
         sample = records[0]
-        of = f"{sample.cell['model']}, {sample.metrics['positions']:,} tokens"
+        of = f"{model}, {sample.metrics['positions']:,} tokens"
         blocks += [
-            Heading(text=f"Divergence from the float32 reference on {platform}", level=3),
+            Heading(text=f"Divergence from the float32 {model} on {platform}", level=3),
             Text(text=f"{_what(records)}. Model {of}."),
             Table(
                 columns=("variant", "mean KL", "99 % KL", "max KL", "same top token", "PPL ratio"),
@@ -222,13 +226,15 @@ def lossless_tables(index: Index) -> list[Block]:
 
 def _variant(cell: dict[str, Any]) -> str:
     """What differs from plain float32 with packed weights."""
-    base = {"dtype": "float32", "embedding": "float32", "act_quant": "per_token"}
+    base = {"sides": "own", "dtype": "float32", "embedding": "float32", "act_quant": "per_token"}
     words = {
+        "sides": "products alone",
         "dtype": "{} activations",
         "embedding": "{} embedding",
         "act_quant": "activations quantised {}",
     }
-    changed = [words[k].format(cell[k]) for k, v in base.items() if cell[k] != v]
+    # Records from before products could be compared alone have no ``sides``.
+    changed = [words[k].format(cell[k]) for k, v in base.items() if cell.get(k, v) != v]
     text = f"{cell['implementation']}, {cell['packing']}"
     return f"{text}, {', '.join(changed)}" if changed else text
 
