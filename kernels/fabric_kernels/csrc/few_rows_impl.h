@@ -7,7 +7,8 @@ constexpr int kWeightRows = 4;  // rows of weights in flight
 
 // Rows of weights in one piece of work: about 64 KB of them.
 inline int64_t FewRowsUnit(const Matrix& matrix) {
-  return RoundUp(65536 / std::clamp<int64_t>(matrix.row_bytes, 1, 65536), kWeightRows);
+  const int64_t rows = 65536 / std::clamp<int64_t>(matrix.row_bytes, 1, 65536);
+  return RoundUp(rows, std::max(kWeightRows, kLanes));
 }
 
 // Codes in a row whose products with one row of digits, 256 times as large, fit a lane of int32.
@@ -15,6 +16,8 @@ constexpr int64_t kOneRowCodes = int64_t{kLanes} << 15;
 
 // sums[r][i] = digits of row r . fields of weight row i (codes + 1).
 using FewRowsSums = int32_t[kFewRows][kWeightRows];
+// The same of one row of digits, each sum still spread over the lanes of a vector.
+using OneRowSums = Vec[kWeightRows];
 using WeightRows = const uint8_t* [kWeightRows];
 
 // The whole vectors of packed bytes of the rows, then once more the incomplete last one, copied and
@@ -48,7 +51,7 @@ struct Passes {
 // ternary2, one row of digits. Fields are not shifted down: each plane has its own accumulator,
 // which is shifted once at the end (exact, since every product in it is a multiple of 4^j).
 void OneRowTernary2(const int32_t* digits, const WeightRows& rows, int64_t row_bytes,
-                    int64_t ahead, FewRowsSums& sums) {
+                    int64_t ahead, OneRowSums& sums) {
   Vec acc[kWeightRows][4];
 #pragma GCC unroll 4
   for (auto& row : acc) row[0] = row[1] = row[2] = row[3] = Isa::Zero();
@@ -74,8 +77,7 @@ void OneRowTernary2(const int32_t* digits, const WeightRows& rows, int64_t row_b
   for (int i = 0; i < kWeightRows; ++i) {
     Vec total = Isa::Add32(acc[i][0], Isa::template ShiftRightArithmetic32<2>(acc[i][1]));
     total = Isa::Add32(total, Isa::template ShiftRightArithmetic32<4>(acc[i][2]));
-    total = Isa::Add32(total, Isa::template ShiftRightArithmetic32<6>(acc[i][3]));
-    sums[0][i] = Isa::Sum(total);
+    sums[i] = Isa::Add32(total, Isa::template ShiftRightArithmetic32<6>(acc[i][3]));
   }
 }
 
@@ -84,7 +86,7 @@ void OneRowTernary2(const int32_t* digits, const WeightRows& rows, int64_t row_b
 //   256 * sum_j t_j a_j = 3 * sum_j r_j a_j - sum_j r_{j+1} a_j,
 // lane by lane, which divides by 256 without a remainder.
 void OneRowTernary1_6(const int32_t* digits, const WeightRows& rows, int64_t row_bytes,
-                      int64_t ahead, FewRowsSums& sums) {
+                      int64_t ahead, OneRowSums& sums) {
   Vec current[kWeightRows], next[kWeightRows];
 #pragma GCC unroll 4
   for (int i = 0; i < kWeightRows; ++i) current[i] = next[i] = Isa::Zero();
@@ -111,7 +113,7 @@ void OneRowTernary1_6(const int32_t* digits, const WeightRows& rows, int64_t row
 #pragma GCC unroll 4
   for (int i = 0; i < kWeightRows; ++i) {
     const Vec three = Isa::Add32(current[i], Isa::Add32(current[i], current[i]));
-    sums[0][i] = Isa::Sum(Isa::template ShiftRightArithmetic32<8>(Isa::Sub32(three, next[i])));
+    sums[i] = Isa::template ShiftRightArithmetic32<8>(Isa::Sub32(three, next[i]));
   }
 }
 
@@ -173,17 +175,81 @@ void FewRows(int64_t count, const int32_t* digits, int64_t row_stride, const Wei
   }
 }
 
+// Sixteen rows ahead, into the second-level cache: three times the speed of eight into the first.
+inline int64_t Ahead(const Matrix& matrix) { return 4 * kWeightRows * matrix.row_bytes; }
+
+// Rows of the matrix from n on; its last where there are no more.
+inline void PointAt(const Matrix& matrix, int64_t n, WeightRows& rows) {
+  for (int i = 0; i < kWeightRows; ++i) {
+    rows[i] = matrix.bytes + std::min<int64_t>(n + i, matrix.rows - 1) * matrix.row_bytes;
+  }
+}
+
+// What is prefetched with rows n.. of a matrix, in bytes from them: rows of the next one at the end.
+inline int64_t AheadOf(const Job& job, int group, int64_t n) {
+  const Matrix& matrix = job.matrix[group];
+  const int64_t ahead = Ahead(matrix), left = (matrix.rows - n) * matrix.row_bytes;
+  if (ahead < left || group + 1 >= job.groups) return ahead;
+  const auto next = reinterpret_cast<intptr_t>(job.matrix[group + 1].bytes);
+  return next + (ahead - left) - (reinterpret_cast<intptr_t>(matrix.bytes) + n * matrix.row_bytes);
+}
+
+// Rows [n, end) of a matrix by one row of digits. As many sums as a vector has lanes are turned and
+// added up together: one by one that takes as long as the products of a short row.
+void RunOneRow(const Job& job, const Operand& operand, int group, int64_t n, int64_t end,
+               int64_t first) {
+  constexpr int kTurned = std::max(kWeightRows, kLanes);
+  static_assert(kTurned == kLanes);
+  const Matrix& matrix = job.matrix[group];
+  const Vec offset = Isa::Splat32(operand.sums[0]);
+  const float factor = operand.factors[0] * matrix.scale;
+  for (; n < end; n += kLanes) {
+    Vec lanes[kLanes];
+    for (int i = 0; i < kLanes; i += kWeightRows) {
+      WeightRows rows;
+      PointAt(matrix, n + i, rows);
+      const int64_t ahead = AheadOf(job, group, n + i);
+      OneRowSums sums;
+      if (job.format == Format::kTernary2) {
+        OneRowTernary2(operand.dwords, rows, matrix.row_bytes, ahead, sums);
+      } else {
+        OneRowTernary1_6(operand.dwords, rows, matrix.row_bytes, ahead, sums);
+      }
+      for (int r = 0; r < kWeightRows; ++r) lanes[i + r] = sums[r];
+    }
+    Isa::Transpose(lanes);
+#pragma GCC unroll 4
+    for (int i = kLanes / 2; i > 0; i /= 2) {
+#pragma GCC unroll 8
+      for (int j = 0; j < i; ++j) lanes[j] = Isa::Add32(lanes[j], lanes[j + i]);
+    }
+    const Vec sums = Isa::Sub32(lanes[0], offset);
+    alignas(64) int32_t part[kLanes];
+    const bool whole = n + kLanes <= end;
+    const int64_t at = first * matrix.rows + n;
+    int32_t* to = job.sums != nullptr ? job.sums + at
+                                      : reinterpret_cast<int32_t*>(job.out[group] + at);
+    int32_t* own = whole ? to : part;
+    if (job.sums != nullptr) {
+      Isa::Store(own, sums);
+    } else {
+      Isa::StoreScaled(reinterpret_cast<float*>(own), sums, factor);
+    }
+    const int64_t count = std::min<int64_t>(kLanes, end - n);
+    if (!whole) std::memcpy(to, part, size_t(count) * 4);
+    const Adapter& adapter = job.adapter[group];
+    if (adapter.rank > 0) {
+      AddWide(job.out[group] + at, count, adapter.narrow + first * adapter.rank, adapter.rank,
+              adapter.b, matrix.rows, n);
+    }
+  }
+}
+
 void FewRowsDispatch(const Job& job, const Operand& operand, const WeightRows& rows,
-                     int64_t row_bytes, FewRowsSums& sums) {
-  // Sixteen rows ahead, into the second-level cache: three times the speed of eight into the first.
-  const int64_t ahead = 4 * kWeightRows * row_bytes;
+                     int64_t row_bytes, int64_t ahead, FewRowsSums& sums) {
   const int64_t stride = RowChunks(job) * Planes(job.format) * kLanes;
   const int32_t* digits = operand.dwords;
   const bool two_bits = job.format == Format::kTernary2;
-  if (operand.rows == 1 && Isa::kWideDot && job.k < kOneRowCodes) {
-    return two_bits ? OneRowTernary2(digits, rows, row_bytes, ahead, sums)
-                    : OneRowTernary1_6(digits, rows, row_bytes, ahead, sums);
-  }
   return two_bits ? FewRows<Format::kTernary2>(operand.rows, digits, stride, rows, row_bytes,
                                                ahead, sums)
                   : FewRows<Format::kTernary1_6>(operand.rows, digits, stride, rows, row_bytes,
@@ -225,13 +291,14 @@ void RunFewRows(const Job& job, const Operand& operand, int64_t unit, int64_t fi
       continue;
     }
     const int64_t end = std::min(matrix.rows, (unit + 1) * size);
+    if (operand.rows == 1 && Isa::kWideDot && job.k < kOneRowCodes) {
+      return RunOneRow(job, operand, g, unit * size, end, first);
+    }
     for (int64_t n = unit * size; n < end; n += kWeightRows) {
       WeightRows rows;
-      for (int i = 0; i < kWeightRows; ++i) {
-        rows[i] = matrix.bytes + std::min<int64_t>(n + i, matrix.rows - 1) * matrix.row_bytes;
-      }
+      PointAt(matrix, n, rows);
       FewRowsSums sums;
-      FewRowsDispatch(job, operand, rows, matrix.row_bytes, sums);
+      FewRowsDispatch(job, operand, rows, matrix.row_bytes, Ahead(matrix), sums);
       StoreFewRows(job, operand, sums, g, n, std::min<int64_t>(kWeightRows, end - n), first,
                    tokens);
     }

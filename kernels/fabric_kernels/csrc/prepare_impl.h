@@ -153,6 +153,15 @@ void ArrangeForward(const Job& job, const int8_t* row, const Put& put) {
   }
 }
 
+// For few rows: each vector of packed bytes has its digits in one vector for each plane.
+template <int kPlanes>
+void ArrangePlanes(const Job& job, const int8_t* digits, int32_t* base) {
+  ArrangeForward(job, digits, [&](int64_t step, int32_t dword) {
+    const int64_t i = step / kPlanes, j = step % kPlanes;
+    base[((i / kLanes) * kPlanes + j) * kLanes + i % kLanes] = dword;
+  });
+}
+
 void Prepare(const Job& job, const Operand& operand, int64_t m, int64_t slot, bool few_rows) {
   const int planes = Planes(job.format);
   // Natural rows hold the zeros that the last bytes of a packed row pad with.
@@ -179,10 +188,11 @@ void Prepare(const Job& job, const Operand& operand, int64_t m, int64_t slot, bo
     if (few_rows) {
       int32_t* base = operand.dwords + r * chunks * planes * kLanes;
       std::memset(base, 0, size_t(chunks * planes * kVecBytes));
-      ArrangeForward(job, digits, [&](int64_t step, int32_t dword) {
-        const int64_t i = step / planes, j = step % planes;
-        base[((i / kLanes) * planes + j) * kLanes + i % kLanes] = dword;
-      });
+      if (job.format == Format::kTernary2) {
+        ArrangePlanes<Planes(Format::kTernary2)>(job, digits, base);
+      } else {
+        ArrangePlanes<Planes(Format::kTernary1_6)>(job, digits, base);
+      }
       continue;
     }
     int32_t* base = operand.dwords + (r / Isa::kTileRows) * operand.steps * Isa::kTileRows +
