@@ -51,6 +51,21 @@ def new_file(path: str | Path) -> Generator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(path: str | Path) -> None:
+    """Finds out before a long computation whether its result can be written to ``path``.
+
+    Raises:
+        FabricError: no file can be made there.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

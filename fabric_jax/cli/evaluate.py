@@ -121,9 +121,12 @@ def run(arguments: Sequence[str]) -> int:
     dataset = config.dataset
     from fabric_jax.cli.against import changed_config, run_against
     from fabric_jax.evaluation import Run
+    from fabric_jax.files import require_writable
     from fabric_jax.parallel.mesh import named_mesh
 
     changed = changed_config(config)
+    if config.json:
+        require_writable(config.json)
     mesh = named_mesh(config.mesh)
     loaded, adapter = load(config, mesh)
     tokenizer = load_tokenizer(

@@ -210,12 +210,11 @@ def _one(config: GenerateConfig, text: str) -> int:
 
 def _file(config: GenerateConfig) -> int:
     """Answers to a file of prompts."""
-    from pathlib import Path
-
     from fabric_jax.cli.prompt_file import read_prompts, write_answers
+    from fabric_jax.files import require_writable
 
     rows = read_prompts(config.prompts)
-    Path(config.out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    require_writable(config.out)
     model = load(config)
     timed: list[Stats] = []
     options = config.options

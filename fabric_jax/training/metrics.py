@@ -3,19 +3,13 @@
 import json
 import math
 import os
-import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from fabric_jax.errors import FabricError
 from fabric_jax.files import cannot_write, write_atomically
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+from fabric_jax.training.event_file import EventFile
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -174,34 +168,10 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-@contextmanager
-def _torch_hidden() -> Generator[None]:
-    """Keeps tensorboardX from importing torch, which it does where it finds it.
-
-    That would cost seconds and 180 MiB, for tensors that are never given to it.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = cast(ModuleType, None)
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
-def _open_events(folder: Path, last_step: int) -> "SummaryWriter":
-    try:
-        with _torch_hidden():
-            from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise FabricError(
-            "tensorboardX is not installed",
-            fix="Install it (pip install tensorboardX) or give --no-tensorboard",
-        ) from error
+def _open_events(folder: Path, last_step: int) -> EventFile:
     # Tells TensorBoard to forget what an interrupted session wrote after the checkpoint.
     purge = last_step + 1 if last_step else 0
     try:
-        return SummaryWriter(str(folder), purge_step=purge)
+        return EventFile(folder, purge)
     except OSError as error:
         raise cannot_write(folder, error) from error

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,14 +110,16 @@ def cache_folder() -> Path:
 
 
 def _build_once(target: Path, compiler: Compiler, headers: Headers, sources: Path) -> Record:
-    log, started = builder.log_path(target), time.time()
+    log = builder.log_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        before = _changed(log)
         with _lock(target.with_suffix(".lock")):
             record = builder.read_record(target)
             if record is not None:
                 return record
-            if log.exists() and log.stat().st_mtime > started:
+            # Not by the clock, which may have been another one when the log was written.
+            if _changed(log) not in (None, before):
                 raise BuildError(
                     f"another process has just failed to compile them (what the compiler said is "
                     f"in {log})",
@@ -133,6 +134,14 @@ def _build_once(target: Path, compiler: Compiler, headers: Headers, sources: Pat
     except OSError as error:
         problem = f"the cache folder {target.parent} cannot be written: {error}"
         raise BuildError(problem, WRITABLE_CACHE) from error
+
+
+def _changed(path: Path) -> int | None:
+    """When a file was written last, in nanoseconds; None where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager

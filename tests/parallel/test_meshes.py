@@ -19,6 +19,9 @@ def check(setting: str, text: str, found: dict[str, Any]) -> None:
     for name, (whole, *parts) in found["parts"].items():
         if setting != "1.6":  # 13 bytes a row are not cut in two.
             assert parts == [whole // (mesh.fsdp * mesh.tensor)], f"{name} of {where}"
+    assert found["bytes_held"] == [found["bytes_on_device"]], where
+    # Never those of two layers; what is gathered along both axes is counted half, and then whole.
+    assert all(size < 2 * found["layer_bytes"] for size in found["gathered"]), where
     if mesh.fsdp == 1 and setting in ("xla", "cpu"):
         assert not found["gathered"], where
     if mesh.fsdp > 1 and setting in ("xla", "cpu"):

@@ -135,10 +135,20 @@ def on_mesh(
             for name, weight in linears.items()
         },
         "bytes_on_device": bytes_on_device(base, specs, shape),
+        "bytes_held": held_bytes(base),
         "layer_bytes": sum(w.nbytes for w in linears.values()) // MODEL.num_layers,
         "gathered": gathered_bytes(compiled.as_text() or ""),
         "aliased": bool(re.search(r"input_output_alias", compiled.as_text() or "")),
     }
+
+
+def held_bytes(tree: Any) -> list[int]:
+    """Different sums of what devices hold of a tree."""
+    sums = dict.fromkeys(jax.devices(), 0)
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            sums[shard.device] += shard.data.nbytes
+    return sorted(set(sums.values()))
 
 
 def distance(found: Any, expected: Any) -> float:
