@@ -40,10 +40,10 @@ from fabric_kernels.triton_call import Mode
 Ref = Any
 PHASES = 5
 WARPS = 8
-THREAD_BYTES = 64
+THREAD_BYTES = 128
 """Of weights in a tile at most."""
 MOST_TILE_ROWS = 16
-DEPTH = 2
+DEPTH = 1
 """Tiles of a matrix on their way while one is multiplied."""
 ATTENTION_ELEMENTS = 16384
 """Of keys at a time: a program of this launch has more threads than one of attention alone."""
