@@ -86,6 +86,8 @@ class DecoderOptions:
         unroll: write the layers out one after another instead of looping over them. What is kept
             for the backward pass is then left where it was computed; a loop copies it into stacks,
             which it fills with zeros before. Faster on accelerators; compilation grows with depth.
+        whole_step: decode through all layers in one launch (``fabric_kernels.decoding``), on CUDA
+            GPUs and without adapters; what can't raises.
     """
 
     mode: BaseMode = "packed"
@@ -105,6 +107,7 @@ class DecoderOptions:
     attention: AttentionChoice = "auto"
     sides: SideImplementation | None = None
     unroll: bool = False
+    whole_step: bool = False
 
     @property
     def frozen(self) -> bool:
@@ -233,6 +236,7 @@ class Decoder(nnx.Module):
         self.frozen_linears = options.frozen
         self.loss_tile_bytes = options.loss_tile_bytes
         self.unroll = options.unroll
+        self.whole_step = options.whole_step
         self.attention_choice: AttentionChoice = options.attention
         # The implementation is named for packed products; others have no choice of theirs.
         self.attention_runs: Implementation | None = options.sides or (
@@ -270,6 +274,12 @@ class Decoder(nnx.Module):
         which each row has its own.
         """
         views = cache_views(self.config, positions, slots or cache.capacity)
+        if self.whole_step and tokens.shape[1] == 1:
+            stacks = layer_stacks(self.layers, self.config, cache, len(tokens))
+            angles, scale = views.of_global.angles, self.config.attention_scale
+            h = self.embed(tokens)
+            h, cache = decode_layers(h, stacks, cache, positions, angles=angles, scale=scale)
+            return self.final_norm(h), cache
         hidden, cache_or_none = self._run(tokens, positions, views, cache, None, adapter_ids)
         assert cache_or_none is not None
         return hidden, cache_or_none
@@ -350,12 +360,6 @@ class Decoder(nnx.Module):
             case "layer":
                 body = recomputed(body)
         h = self.embed(tokens)
-        if cache is not None and tokens.shape[1] == 1 and not adapter:
-            stacks = layer_stacks(self.layers, self.config, cache, len(tokens))
-            if stacks is not None:
-                angles, scale = views.of_global.angles, self.config.attention_scale
-                h, cache = decode_layers(h, stacks, cache, positions, angles=angles, scale=scale)
-                return self.final_norm(h), cache
         indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         layers = (indices, (adapter, base))
         (h, cache), _ = lax.scan(body, (h, cache), layers, unroll=self.unroll)

@@ -1,4 +1,4 @@
-"""Which decoders take a step of decoding through all layers at once."""
+"""A decoder's layers as a step of decoding through all of them takes them."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from fabric_kernels.decoding import LayerStacks, why_not
 from fabric_kernels.ternary_matmul import resolve, select_implementation
 
+from fabric_jax.errors import FabricError
 from fabric_jax.layers.bit_linear import takes_prologue
 from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.models.config import ModelConfig
@@ -14,51 +15,66 @@ if TYPE_CHECKING:
     from fabric_jax.models.decoder import Block
 
 
-def layer_stacks(
-    layers: "Block", config: ModelConfig, cache: KVCache, rows: int
-) -> LayerStacks | None:
-    """The layers for ``decode_layers``, a row a token; None where they go one by one.
-
-    They do unless Triton's kernels would run every product, in a model without adapters whose
-    layers are Llama's or BitNet's (no norms of heads or of what is added, no windows).
+def layer_stacks(layers: "Block", config: ModelConfig, cache: KVCache, rows: int) -> LayerStacks:
+    """The layers for ``decode_layers``, a row a token.
 
     Args:
-        layers: with stacks as parameters.
+        layers: with stacks as parameters, no adapters.
         config: of the model.
         cache: of that many rows.
         rows: B.
+
+    Raises:
+        FabricError: it is not for such layers: Triton's kernels would not run every product, or the
+            layers are not Llama's or BitNet's (norms of heads or of what is added, windows).
     """
     attention, mlp = layers.attention, layers.mlp
-    activation = mlp.activation
     linears = [attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down]
-    empty = jnp.zeros((rows, 1, config.hidden_size), layers.attention_norm.gain.dtype)
     norms = (layers.attention_norm, attention.sub_norm, layers.mlp_norm, mlp.sub_norm)
-    if (
-        activation == "gelu"
-        or attention.q.options.sides is not None
-        or config.qk_norm
-        or config.post_norms
-        or config.sliding_window is not None
-        or any(norm is not None and norm.offset for norm in norms)
-        or not takes_prologue(linears, empty, None)
-    ):
-        return None
-    implementation = select_implementation(attention.q.options.implementation)
-    weights = [linear.packed(None) for linear in linears]
-    if any(resolve(implementation, "linear", rows, one) != "triton" for one in weights):
-        return None
+    reason = _why_not(layers, config, rows)
     gains = [None if norm is None else norm.gain[...] for norm in norms]
-    assert gains[0] is not None
-    assert gains[2] is not None
+    if reason is not None or mlp.activation == "gelu" or gains[0] is None or gains[2] is None:
+        raise _refusal(reason or "another gate")
+    weights = [linear.packed(None) for linear in linears]
     stacks = LayerStacks(
         **dict(zip(("q", "k", "v", "o", "gate", "up", "down"), weights, strict=True)),
         attention_gain=gains[0],
         sub_gain=gains[1],
         mlp_gain=gains[2],
         mlp_sub_gain=gains[3],
-        activation=activation,
+        activation=mlp.activation,
         eps=config.norm_eps,
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
     )
-    return stacks if why_not(stacks, cache, rows) is None else None
+    reason = why_not(stacks, cache, rows)
+    if reason is not None:
+        raise _refusal(reason)
+    return stacks
+
+
+def _why_not(layers: "Block", config: ModelConfig, rows: int) -> str | None:
+    attention, mlp = layers.attention, layers.mlp
+    linears = [attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down]
+    empty = jnp.zeros((rows, 1, config.hidden_size), layers.attention_norm.gain.dtype)
+    if config.qk_norm or config.post_norms or config.sliding_window is not None:
+        return "norms of heads or of what is added, or windows"
+    if layers.attention_norm.offset:
+        return "norms with an offset"
+    if attention.q.options.sides is not None or not takes_prologue(linears, empty, None):
+        return "other weights than packed ones alone, or another quantiser"
+    implementation = select_implementation(attention.q.options.implementation)
+    for linear in linears:
+        runs = resolve(implementation, "linear", rows, linear.packed(None))
+        if runs != "triton":
+            return f"products of {rows} rows that {runs} runs"
+    return None
+
+
+def _refusal(found: str) -> FabricError:
+    return FabricError(
+        "a step of decoding can't go through all layers in one launch here",
+        expected="Triton's kernels, ternary2, layers as Llama's or BitNet's, no adapters",
+        found=found,
+        fix="leave whole_step out",
+    )

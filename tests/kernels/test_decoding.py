@@ -11,6 +11,8 @@ import pytest
 from fabric_kernels import KVCache, TernaryWeight, cached_attention, empty_cache, ternary_linear
 from fabric_kernels.decoding import LayerStacks, decode_layers, why_not
 from fabric_kernels.ternary_matmul import Implementation, Prologue
+from fabric_kernels.triton_call import without_deprecation
+from jax.interpreters import partial_eval
 
 from tests.kernels.test_triton_kernel import lowered
 
@@ -98,16 +100,22 @@ def step_by_step(
 
 
 CASES: list[tuple[tuple[int, int, int, int, int], str, dict[str, Any]]] = [
-    ((64, 4, 4, 16, 96), "silu", {}),
-    ((96, 6, 2, 16, 160), "relu2", {"sub_norms": True, "rows": 3}),
-    ((64, 4, 2, 16, 96), "silu", {"sub_norms": True, "stored": "int8"}),
-    ((528, 4, 1, 32, 560), "relu2", {"rows": 2}),
+    ((96, 6, 2, 16, 160), "relu2", {"sub_norms": True, "rows": 2, "stored": "int8"}),
     ((64, 4, 4, 16, 96), "silu", {"dtype": "bfloat16", "stored": "bfloat16"}),
+]
+SLOW_CASES = [
+    ((64, 4, 4, 16, 96), "silu", {}),
+    ((528, 4, 1, 32, 560), "relu2", {"rows": 3}),
+]
+DEVICE_CASES = [
+    ((768, 12, 12, 64, 3072), "silu", {}),
+    ((2048, 32, 32, 64, 5632), "silu", {"rows": 2}),
+    ((2560, 20, 5, 128, 6912), "relu2", {"sub_norms": True}),
+    ((5120, 40, 40, 128, 13824), "silu", {"stored": "int8"}),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_its_steps(case: Any) -> None:
+def check(case: Any) -> None:
     dims, activation, options = case
     h, stacks, cache, positions, angles = problem(dims, activation, **options)
     found, new = jax.jit(partial(decode_layers, angles=angles))(h, stacks, cache, positions)
@@ -123,6 +131,46 @@ def test_equals_its_steps(case: Any) -> None:
         ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
         atol = 1.0 if cache.key_scales is not None else tolerance
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_its_steps(case: Any) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW_CASES, ids=str)
+def test_equals_its_steps_in_other_sizes(case: Any) -> None:
+    check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", DEVICE_CASES, ids=str)
+def test_programs_wait_for_each_other(case: Any) -> None:
+    """With all programs of a device; a race would show in some of the tries."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a CUDA device")
+    dims, activation, options = case
+    for _ in range(5):
+        check((dims, activation, {**options, "dtype": "bfloat16"}))
+
+
+def test_loops_that_wait_are_in_the_program() -> None:
+    """What only reads and is not asked for would be left out before any compiler sees it."""
+    h, stacks, cache, positions, angles = problem((64, 4, 2, 16, 96), "silu")
+    with without_deprecation():
+        from fabric_kernels.decoding import triton_layers
+    traced = jax.make_jaxpr(
+        lambda *arrays: triton_layers.decode_layers(*arrays, angles, 1.0, programs=132, mode="cuda")
+    )(h, stacks, cache, positions)
+    (call,) = [e for e in traced.jaxpr.eqns if e.primitive.name == "pallas_call"]
+    kernel = call.params["jaxpr"]
+    kernel, _ = partial_eval.dce_jaxpr(kernel, [True] * len(kernel.outvars))
+    (layers,) = [e for e in kernel.eqns if e.primitive.name in ("while", "scan")]
+    body = layers.params.get("body_jaxpr", layers.params.get("jaxpr")).jaxpr
+    loops = [e for e in body.eqns if e.primitive.name == "while"]
+    waits = [e for e in loops if "max" in str(e.params["body_jaxpr"])]
+    assert len(waits) >= triton_layers.PHASES
 
 
 def test_lowers_to_one_launch_in_place() -> None:

@@ -33,8 +33,11 @@ def arrive(counter: Ref, mode: Mode) -> None:
     plgpu.atomic_add(counter, (jnp.int32(0),), 1)
 
 
-def wait(counter: Ref, arrivals: jax.Array, threads: int, mode: Mode) -> None:
-    """Waits until there have been so many arrivals.
+def wait(counter: Ref, arrivals: jax.Array, threads: int, mode: Mode) -> jax.Array:
+    """Waits until there have been so many arrivals; how many there are, int32 [].
+
+    What this returns must end in something that is stored: JAX leaves out a loop that only reads
+    where nobody asks for its result.
 
     Args:
         counter: as for :func:`arrive`.
@@ -43,12 +46,13 @@ def wait(counter: Ref, arrivals: jax.Array, threads: int, mode: Mode) -> None:
         mode: what runs it.
     """
     if mode == "interpret":
-        return
+        return arrivals
     lanes = lax.iota(jnp.int32, threads)
     places, first = jnp.zeros_like(lanes), lanes == 0
 
     def look() -> jax.Array:
         return jnp.max(plgpu.load(counter.at[places], mask=first, other=0, volatile=True))
 
-    lax.while_loop(lambda seen: seen < arrivals, lambda _: look(), look())
+    seen = lax.while_loop(lambda seen: seen < arrivals, lambda _: look(), look())
     plgpu.debug_barrier()
+    return seen

@@ -95,108 +95,112 @@ def decode_layers(
 
     ``programs`` must all be able to run at the same time.
     """
-    rows = h.shape[0]
     stored = [cache.keys, cache.values]
     if cache.key_scales is not None and cache.value_scales is not None:
         stored += [cache.key_scales, cache.value_scales]
-    matrices = stacks.matrices
-    inputs = {
+    inputs = _inputs(stacks, positions, angles)
+    in_place = {"h": h.reshape(len(h), -1), "counter": jnp.zeros(1, jnp.int32)}
+    in_place |= {f"cache{i}": array for i, array in enumerate(stored)}
+    between = _between(stacks, cache, len(h), h.dtype)
+    between["seen"] = jax.ShapeDtypeStruct((programs,), jnp.int32)
+    step = partial(
+        Step,
+        rows=len(h),
+        heads=stacks.heads,
+        kv_heads=stacks.kv_heads,
+        activation=stacks.activation,
+        eps=stacks.eps,
+        factor=scale * LOG2_E,
+        programs=programs,
+        mode=mode,
+    )
+    same = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in in_place.values()]
+    outputs = pl.pallas_call(
+        partial(_program, inputs=list(inputs), outputs=[*in_place, *between], make=step),
+        out_shape=[*same, *between.values()],
+        grid=(programs,),
+        input_output_aliases={len(inputs) + i: i for i in range(len(in_place))},
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=mode == "interpret",
+        name="decode_layers",
+    )(*inputs.values(), *in_place.values())
+    found = dict(zip([*in_place, *between], outputs, strict=True))
+    new = replace(cache, keys=found["cache0"], values=found["cache1"])
+    if len(stored) > 2:
+        new = replace(new, key_scales=found["cache2"], value_scales=found["cache3"])
+    return found["h"].reshape(h.shape), new
+
+
+def _inputs(
+    stacks: LayerStacks, positions: jax.Array, angles: tuple[jax.Array, jax.Array]
+) -> dict[str, jax.Array]:
+    """What is only read."""
+    matrices = stacks.matrices.items()
+    return {
         "positions": positions,
         "cos": angles[0],
         "sin": angles[1],
         **stacks.gains,
-        **{f"{name}_packed": matrix.packed for name, matrix in matrices.items()},
-        **{f"{name}_scale": matrix.scale for name, matrix in matrices.items()},
+        **{f"{name}_packed": matrix.packed for name, matrix in matrices},
+        **{f"{name}_scale": matrix.scale for name, matrix in matrices},
     }
-    in_place = {"h": h.reshape(rows, -1), "counter": jnp.zeros(1, jnp.int32)}
-    between = {
-        **{name: matrices[name].n for name in ("q", "k", "v")},
+
+
+def _between(
+    stacks: LayerStacks, cache: KVCache, rows: int, dtype: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What phases hand to the next."""
+    widths = {
+        **{name: stacks.matrices[name].n for name in ("q", "k", "v")},
         "attended": stacks.heads * cache.keys.shape[-1],
-        "middle": matrices["gate"].n,
+        "middle": stacks.gate.n,
     }
-    kept = [*in_place.values(), *stored]
-    outputs = pl.pallas_call(
-        partial(
-            _program,
-            names=(list(inputs), [*in_place, *[f"cache{i}" for i in range(len(stored))]]),
-            between=list(between),
-            make=partial(
-                Step,
-                rows=rows,
-                heads=stacks.heads,
-                kv_heads=stacks.kv_heads,
-                activation=stacks.activation,
-                eps=stacks.eps,
-                factor=scale * LOG2_E,
-                programs=programs,
-                mode=mode,
-            ),
-        ),
-        out_shape=[
-            *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept],
-            *[jax.ShapeDtypeStruct((rows, n), h.dtype) for n in between.values()],
-        ],
-        grid=(programs,),
-        input_output_aliases={len(inputs) + i: i for i in range(len(kept))},
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
-        interpret=mode == "interpret",
-        name="decode_layers",
-    )(*inputs.values(), *kept)
-    new = replace(cache, keys=outputs[2], values=outputs[3])
-    if len(stored) > 2:
-        new = replace(new, key_scales=outputs[4], value_scales=outputs[5])
-    return outputs[0].reshape(h.shape), new
+    return {name: jax.ShapeDtypeStruct((rows, n), dtype) for name, n in widths.items()}
 
 
-def _program(
-    *refs: Ref,
-    names: tuple[list[str], list[str]],
-    between: list[str],
-    make: Callable[..., Step],
-) -> None:
-    inputs, in_place = names
+def _program(*refs: Ref, inputs: list[str], outputs: list[str], make: Callable[..., Step]) -> None:
     # Of what is in place, the references of the results are read too.
-    others = refs[len(inputs) + len(in_place) :]
-    at = dict(zip(inputs, refs, strict=False)) | dict(
-        zip([*in_place, *between], others, strict=True)
-    )
-    stored = [at[name] for name in in_place if name.startswith("cache")]
+    results = refs[len(refs) - len(outputs) :]
+    at = dict(zip(inputs, refs, strict=False)) | dict(zip(outputs, results, strict=True))
+    stored = [at[name] for name in outputs if name.startswith("cache")]
     step = make(at=at, stored=stored, program=pl.program_id(0))
 
-    def layer(index: jax.Array, _: jax.Array) -> jax.Array:
+    def layer(index: jax.Array, seen: jax.Array) -> jax.Array:
         for number, phase in enumerate((_project, _attend, _close, _widen, _narrow)):
             arrivals = (index * PHASES + number) * step.programs
-            phase(step, index, partial(wait, at["counter"], arrivals, 32 * WARPS, step.mode))
+            waited = partial(wait, at["counter"], arrivals, 32 * WARPS, step.mode)
+            seen = jnp.maximum(seen, phase(step, index, waited))
             arrive(at["counter"], step.mode)
-        return index
+        return seen
 
-    lax.fori_loop(0, at["q_packed"].shape[0], layer, jnp.int32(0))
-
-
-# ---- phases: each calls ``ready`` before it reads what others have written ----------------------
+    at["seen"][step.program] = lax.fori_loop(0, at["q_packed"].shape[0], layer, jnp.int32(0))
 
 
-def _project(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
+# ---- phases: each calls ``ready`` before it reads what others have written, and returns what that
+# gives --------------------------------------------------------------------------------------------
+
+
+def _project(step: Step, layer: jax.Array, ready: Callable[[], jax.Array]) -> jax.Array:
     """q, k and v of the normalised residual stream."""
     names = ("q", "k", "v")
-    _products(step, layer, ready, names, ("h", "attention_gain"), names)
+    return _products(step, layer, ready, names, ("h", "attention_gain"), names)
 
 
-def _close(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
+def _close(step: Step, layer: jax.Array, ready: Callable[[], jax.Array]) -> jax.Array:
     """The residual stream plus o."""
-    _products(step, layer, ready, ("o",), ("attended", "sub_gain"), ("h",), add=True)
+    return _products(step, layer, ready, ("o",), ("attended", "sub_gain"), ("h",), add=True)
 
 
-def _narrow(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
+def _narrow(step: Step, layer: jax.Array, ready: Callable[[], jax.Array]) -> jax.Array:
     """The residual stream plus down."""
-    _products(step, layer, ready, ("down",), ("middle", "mlp_sub_gain"), ("h",), add=True)
+    return _products(step, layer, ready, ("down",), ("middle", "mlp_sub_gain"), ("h",), add=True)
 
 
-def _attend(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
+def _attend(step: Step, layer: jax.Array, ready: Callable[[], jax.Array]) -> jax.Array:
     """Each query head of each row by a program."""
     at, width = step.at, step.stored[0].shape[4]
     slots = step.stored[0].shape[3]
-    ready()
+    seen = ready()
 
     def head(turn: jax.Array, _: jax.Array) -> jax.Array:
         item = step.program + turn * step.programs
@@ -220,9 +224,10 @@ def _attend(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
 
     count = _turns(step, step.program, step.rows * step.heads)
     lax.fori_loop(0, count, head, jnp.int32(0))
+    return seen
 
 
-def _widen(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
+def _widen(step: Step, layer: jax.Array, ready: Callable[[], jax.Array]) -> jax.Array:
     """The gated product of gate and up, whose equal rows a program has together."""
     at, n = step.at, step.at["gate_packed"].shape[1]
     tile = _tile(step, "gate", each=2)
@@ -234,7 +239,7 @@ def _widen(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
         return gate, up
 
     ahead = [load(turn) for turn in range(DEPTH)]
-    codes = _codes(step, layer, ("h", "mlp_gain"), tile, ready)
+    codes, seen = _codes(step, layer, ("h", "mlp_gain"), tile, ready)
     scales = [scale_at(at[f"{name}_scale"], layer) for name in ("gate", "up")]
 
     def body(
@@ -252,6 +257,7 @@ def _widen(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
         return [*ahead[1:], following]
 
     lax.fori_loop(0, _turns(step, start, pl.cdiv(n, tile.n)), body, ahead)
+    return seen
 
 
 # ---- products -----------------------------------------------------------------------------------
@@ -260,13 +266,13 @@ def _widen(step: Step, layer: jax.Array, ready: Callable[[], None]) -> None:
 def _products(
     step: Step,
     layer: jax.Array,
-    ready: Callable[[], None],
+    ready: Callable[[], jax.Array],
     names: Sequence[str],
     source: tuple[str, str],
     targets: Sequence[str],
     *,
     add: bool = False,
-) -> None:
+) -> jax.Array:
     """Products of some matrices with what they share, stored in, or added to, other arrays."""
     at = step.at
     tiles = [_tile(step, name) for name in names]
@@ -284,11 +290,12 @@ def _products(
         for name, start, tile in zip(names, starts, tiles, strict=True)
     ]
     first = [[load(turn) for turn in range(DEPTH)] for load in loads]
-    codes = _codes(step, layer, source, tiles[0], ready)
+    codes, seen = _codes(step, layer, source, tiles[0], ready)
     for i, (name, tile, target) in enumerate(zip(names, tiles, targets, strict=True)):
         scale, out = scale_at(at[f"{name}_scale"], layer), at[target]
         body = partial(_tile_of_products, step, (loads[i], starts[i], tile), codes, scale, out, add)
         lax.fori_loop(0, _turns(step, starts[i], counts[i]), body, first[i])
+    return seen
 
 
 def _tile_of_products(
@@ -332,19 +339,20 @@ def _codes(
     layer: jax.Array,
     source: tuple[str, str],
     tile: Tile,
-    ready: Callable[[], None],
-) -> list[Codes]:
+    ready: Callable[[], jax.Array],
+) -> tuple[list[Codes], jax.Array]:
     """All tokens of an array, normalised where there is a gain, quantised, once it is ready."""
     x, gain = step.at[source[0]], step.at.get(source[1])
     columns = lax.iota(jnp.int32, tile.w)
     gains = None if gain is None else load_planes(gain, layer, columns)
-    ready()
-    return [
+    seen = ready()
+    codes = [
         codes_of_floats(
             load_planes(x, t, columns, volatile=True), gains, x.shape[1], step.eps, step.mode
         )
         for t in range(step.rows)
     ]
+    return codes, seen
 
 
 def _load(packed: Ref, layer: jax.Array, number: jax.Array, tile: Tile) -> jax.Array:

@@ -1,0 +1,54 @@
+"""Decoding through all layers in one launch, as a decoder's option."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fabric_jax.errors import FabricError
+from fabric_jax.layers.kv_cache import empty_cache
+from fabric_jax.layers.lora import LoraConfig
+from fabric_jax.models.decoder import DecoderOptions, define_decoder
+from fabric_jax.models.initialize import initialize_base
+from fabric_jax.models.registry import get_config
+
+
+def step(base: Any, rows: int = 1, **options: Any) -> tuple[jax.Array, Any]:
+    config = get_config("bitnet-tiny")
+    definition = define_decoder(config, DecoderOptions(implementation="triton", **options))
+    adapter = nnx.to_pure_dict(definition.adapter)
+    cache = empty_cache(config.num_layers, rows, 8, config.num_kv_heads, config.head_dim, "float32")
+
+    def run(base: Any, cache: Any) -> Any:
+        tokens = jnp.arange(3, 3 + rows, dtype=jnp.int32)[:, None]
+        return definition.bind(base, adapter).extend(tokens, jnp.zeros_like(tokens), cache)
+
+    return jax.jit(run)(base, cache)
+
+
+def test_equals_layer_by_layer() -> None:
+    config = get_config("bitnet-tiny")
+    base = initialize_base(define_decoder(config, DecoderOptions()), 0)
+    (found, ours), (expected, theirs) = step(base, whole_step=True), step(base)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(ours.keys, theirs.keys, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "reason"),
+    [
+        ({"lora": LoraConfig(rank=4)}, 1, "packed ones alone"),
+        ({"act_quant": "none"}, 1, "another quantiser"),
+        ({"packing": "ternary1.6"}, 1, "ternary2"),
+        ({}, 5, "5 rows"),
+    ],
+)
+def test_says_what_it_does_not_take(options: dict[str, Any], rows: int, reason: str) -> None:
+    config = get_config("bitnet-tiny")
+    definition = define_decoder(config, DecoderOptions(**options))
+    base = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nnx.to_pure_dict(definition.base))
+    with pytest.raises(FabricError, match=reason):
+        step(base, rows, whole_step=True, **options)
