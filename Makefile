@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint types setup oracles clean
+.PHONY: quickstart test test-slow test-gpu lint types setup oracles clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/fabric-jax quickstart
@@ -13,6 +13,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	XLA_FLAGS= $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
+
+# On a machine with a CUDA GPU, where jax has been installed with CUDA.
+test-gpu: $(VENV)/.installed-dev
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
