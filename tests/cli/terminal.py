@@ -34,7 +34,7 @@ class Terminal:
         self.shown = ""
         self._read = 0
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
+    def wait_for(self, text: str, seconds: float = 180) -> str:
         """What is shown from the last match on up to ``text``; fails where it does not come."""
         end = time.monotonic() + seconds
         while text not in self.shown[self._read :]:

@@ -123,7 +123,7 @@ def test_a_run_killed_three_times_ends_with_the_same_adapter(
     kill_and_resume(configure, tmp_path, programs, kills=3, steps=STEPS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_twenty_times_ends_with_the_same_adapter(
     configure: Configure, tmp_path: Path
 ) -> None:
