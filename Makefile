@@ -11,8 +11,9 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+# SLOW names files or folders where not all are wanted.
 test-slow: $(VENV)/.installed-dev
-	XLA_FLAGS= $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
+	XLA_FLAGS= $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup $(SLOW)
 
 # On a machine with a CUDA GPU, where jax has been installed with CUDA.
 test-gpu: $(VENV)/.installed-dev
