@@ -86,8 +86,8 @@ class DecoderOptions:
         unroll: write the layers out one after another instead of looping over them. What is kept
             for the backward pass is then left where it was computed; a loop copies it into stacks,
             which it fills with zeros before. Faster on accelerators; compilation grows with depth.
-        whole_step: decode through all layers in one launch (``fabric_kernels.decoding``), on CUDA
-            GPUs and without adapters; what can't raises.
+        whole_step: decode through all layers in one launch (``fabric_kernels.decoding``, which says
+            what has run), on CUDA GPUs and without adapters; what can't raises.
     """
 
     mode: BaseMode = "packed"

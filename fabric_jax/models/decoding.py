@@ -1,5 +1,6 @@
 """A decoder's layers as a step of decoding through all of them takes them."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ from fabric_kernels.decoding import LayerStacks, why_not
 from fabric_kernels.ternary_matmul import resolve, select_implementation
 
 from fabric_jax.errors import FabricError
-from fabric_jax.layers.bit_linear import takes_prologue
+from fabric_jax.layers.bit_linear import BitLinear, takes_prologue
 from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.models.config import ModelConfig
 
@@ -30,19 +31,17 @@ def layer_stacks(layers: "Block", config: ModelConfig, cache: KVCache, rows: int
     """
     attention, mlp = layers.attention, layers.mlp
     linears = [attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down]
-    norms = (layers.attention_norm, attention.sub_norm, layers.mlp_norm, mlp.sub_norm)
-    reason = _why_not(layers, config, rows)
-    gains = [None if norm is None else norm.gain[...] for norm in norms]
-    if reason is not None or mlp.activation == "gelu" or gains[0] is None or gains[2] is None:
+    activation = mlp.activation
+    reason = _why_not(layers, linears, config, rows)
+    if reason is not None or activation == "gelu":
         raise _refusal(reason or "another gate")
-    weights = [linear.packed(None) for linear in linears]
     stacks = LayerStacks(
-        **dict(zip(("q", "k", "v", "o", "gate", "up", "down"), weights, strict=True)),
-        attention_gain=gains[0],
-        sub_gain=gains[1],
-        mlp_gain=gains[2],
-        mlp_sub_gain=gains[3],
-        activation=mlp.activation,
+        **{linear.name: linear.packed(None) for linear in linears},
+        attention_gain=layers.attention_norm.gain[...],
+        sub_gain=None if attention.sub_norm is None else attention.sub_norm.gain[...],
+        mlp_gain=layers.mlp_norm.gain[...],
+        mlp_sub_gain=None if mlp.sub_norm is None else mlp.sub_norm.gain[...],
+        activation=activation,
         eps=config.norm_eps,
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
@@ -53,17 +52,18 @@ def layer_stacks(layers: "Block", config: ModelConfig, cache: KVCache, rows: int
     return stacks
 
 
-def _why_not(layers: "Block", config: ModelConfig, rows: int) -> str | None:
-    attention, mlp = layers.attention, layers.mlp
-    linears = [attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down]
+def _why_not(
+    layers: "Block", linears: Sequence[BitLinear], config: ModelConfig, rows: int
+) -> str | None:
+    options = linears[0].options
     empty = jnp.zeros((rows, 1, config.hidden_size), layers.attention_norm.gain.dtype)
     if config.qk_norm or config.post_norms or config.sliding_window is not None:
         return "norms of heads or of what is added, or windows"
     if layers.attention_norm.offset:
         return "norms with an offset"
-    if attention.q.options.sides is not None or not takes_prologue(linears, empty, None):
+    if options.sides is not None or not takes_prologue(linears, empty, None):
         return "other weights than packed ones alone, or another quantiser"
-    implementation = select_implementation(attention.q.options.implementation)
+    implementation = select_implementation(options.implementation)
     for linear in linears:
         runs = resolve(implementation, "linear", rows, linear.packed(None))
         if runs != "triton":

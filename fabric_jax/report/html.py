@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from fabric_jax.report.document import Block, Heading, Picture, Table, Text, Value, Verdict
 from fabric_jax.report.plot import embedded
@@ -27,14 +28,16 @@ def to_html(blocks: Sequence[Block], index: Index) -> str:
         body.append(_block(block, index))
         if isinstance(block, Heading) and block.level == 1:
             body.append(f'<nav>{contents}<a href="#records">Records</a></nav>')
-    records = "\n".join(_record(record) for record in _ordered(index))
+    devices = _devices(index)
+    records = "\n".join(_record(record, devices) for record in _ordered(index))
     first = next((b.text for b in blocks if isinstance(b, Heading)), "Report")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(first)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n"
         + "\n".join(body)
-        + f'\n<h2 id="records">Records</h2>\n{records}\n<script>{SCRIPT}</script>\n'
+        + f'\n<h2 id="records">Records</h2>\n{_device_list(devices)}\n{records}\n'
+        f"<script>{SCRIPT}</script>\n"
         "</body>\n</html>\n"
     )
 
@@ -96,15 +99,57 @@ def _ordered(index: Index) -> list[Record]:
     return sorted(index.records, key=lambda r: (r.experiment, r.platform, r.name))
 
 
-def _record(record: Record) -> str:
+def _devices(index: Index) -> list[str]:
+    """Each machine, with what its processes were told, as JSON; a record says its number."""
+    return sorted({_machine(record) for record in index.records})
+
+
+def _machine(record: Record) -> str:
+    return _json({"device": record.device, "environment": record.environment})
+
+
+def _device_list(devices: Sequence[str]) -> str:
+    return "\n".join(
+        f'<div class="record" id="device-{i}"><details><summary>device {i}</summary>'
+        f"<pre>{escape(device, quote=False)}</pre></details></div>"
+        for i, device in enumerate(devices, 1)
+    )
+
+
+def _record(record: Record, devices: Sequence[str]) -> str:
     status = record.kind if record.status == "ok" else FAILED[record.status]
-    values = {k: v for k, v in record.to_json().items() if k not in ("figure", "columns")}
-    body = escape(json.dumps(values, indent=1, ensure_ascii=False), quote=False)
+    # The summary names it, and the table that leads here says what it asks.
+    elsewhere = (
+        *(
+            "schema",
+            "digest",
+            "experiment",
+            "question",
+            "name",
+            "platform",
+            "kind",
+            "status",
+            "command",
+        ),
+        *("figure", "columns", "device", "environment"),
+    )
+    lines = [
+        f"{key}: {_json(value)}"
+        for key, value in record.to_json().items()
+        if key not in elsewhere and value is not None
+    ]
+    body = escape("\n".join(lines), quote=False)
     name = _text(f"{record.experiment} on {record.platform}: {record.name}")
+    device = devices.index(_machine(record)) + 1
     return (
         f'<div class="record" id="r-{record.digest}"><details><summary>{name} ({status})</summary>'
-        f"<p><code>{_text(record.command)}</code></p><pre>{body}</pre></details></div>"
+        f'<p><code>{_text(record.command)}</code> on <a href="#device-{device}">device {device}'
+        f"</a></p><pre>{body}</pre></details></div>"
     )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(", ", ":"))
 
 
 def _style() -> str:

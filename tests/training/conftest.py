@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,15 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
+from experiments.fault_processes import MICRO
 from fabric_jax.checkpoints.native import save_model
 from fabric_jax.data.config import DataConfig
 from fabric_jax.layers.lora import LoraConfig
-from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
 from fabric_jax.models.initialize import initialize_base
-from fabric_jax.models.registry import get_config
 from fabric_jax.training.config import FinetuneConfig, OptimizerConfig
 from fabric_jax.training.loop import finetune
 from fabric_jax.training.summary import Summary
-
-MICRO: ModelConfig = replace(
-    get_config("bitnet-tiny"),
-    name="micro",
-    num_layers=2,
-    hidden_size=32,
-    ffn_size=64,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    max_length=64,
-)
 
 Configure = Callable[..., FinetuneConfig]
 
