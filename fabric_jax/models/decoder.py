@@ -86,8 +86,9 @@ class DecoderOptions:
         unroll: write the layers out one after another instead of looping over them. What is kept
             for the backward pass is then left where it was computed; a loop copies it into stacks,
             which it fills with zeros before. Faster on accelerators; compilation grows with depth.
-        whole_step: decode through all layers in one launch (``fabric_kernels.decoding``, which says
-            what has run), on CUDA GPUs and without adapters; what can't raises.
+        whole_step: decode through all layers in one launch (``fabric_kernels.decoding``), on CUDA
+            GPUs, of a few rows and without adapters; where that is not possible, True raises. None:
+            on Hopper, of one row, where it is possible.
     """
 
     mode: BaseMode = "packed"
@@ -107,7 +108,7 @@ class DecoderOptions:
     attention: AttentionChoice = "auto"
     sides: SideImplementation | None = None
     unroll: bool = False
-    whole_step: bool = False
+    whole_step: bool | None = None
 
     @property
     def frozen(self) -> bool:
@@ -274,8 +275,10 @@ class Decoder(nnx.Module):
         which each row has its own.
         """
         views = cache_views(self.config, positions, slots or cache.capacity)
-        if self.whole_step and tokens.shape[1] == 1:
-            stacks = layer_stacks(self.layers, self.config, cache, len(tokens))
+        stacks = None
+        if tokens.shape[1] == 1:
+            stacks = layer_stacks(self.layers, self.config, cache, len(tokens), self.whole_step)
+        if stacks is not None:
             angles, scale = views.of_global.angles, self.config.attention_scale
             h = self.embed(tokens)
             h, cache = decode_layers(h, stacks, cache, positions, angles=angles, scale=scale)

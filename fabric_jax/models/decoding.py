@@ -1,10 +1,9 @@
 """A decoder's layers as a step of decoding through all of them takes them."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
-from fabric_kernels.decoding import LayerStacks, why_not
+from fabric_kernels.decoding import LayerStacks, picks_itself, why_not
 from fabric_kernels.ternary_matmul import resolve, select_implementation
 
 from fabric_jax.errors import FabricError
@@ -16,27 +15,48 @@ if TYPE_CHECKING:
     from fabric_jax.models.decoder import Block
 
 
-def layer_stacks(layers: "Block", config: ModelConfig, cache: KVCache, rows: int) -> LayerStacks:
-    """The layers for ``decode_layers``, a row a token.
+def layer_stacks(
+    layers: "Block", config: ModelConfig, cache: KVCache, rows: int, wanted: bool | None
+) -> LayerStacks | None:
+    """The layers for ``decode_layers``, a row a token; None where they go one by one.
 
     Args:
         layers: with stacks as parameters, no adapters.
         config: of the model.
         cache: of that many rows.
         rows: B.
+        wanted: ``DecoderOptions.whole_step``.
 
     Raises:
-        FabricError: it is not for such layers: Triton's kernels would not run every product, or the
-            layers are not Llama's or BitNet's (norms of heads or of what is added, windows).
+        FabricError: it is wanted and not for such layers: Triton's kernels would not run every
+            product, or the layers are not Llama's or BitNet's (norms of heads or of what is added,
+            windows).
     """
+    if wanted is False or (wanted is None and not picks_itself(rows)):
+        return None
+    stacks = None
+    reason = _why_not(layers, config, rows)
+    if reason is None:
+        stacks = _stacks(layers, config)
+        reason = why_not(stacks, cache, rows)
+    if reason is None:
+        return stacks
+    if wanted is None:
+        return None
+    raise FabricError(
+        "a step of decoding can't go through all layers in one launch here",
+        expected="Triton's kernels, ternary2, layers as Llama's or BitNet's, no adapters",
+        found=reason,
+        fix="leave whole_step out",
+    )
+
+
+def _stacks(layers: "Block", config: ModelConfig) -> LayerStacks:
     attention, mlp = layers.attention, layers.mlp
-    linears = [attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down]
     activation = mlp.activation
-    reason = _why_not(layers, linears, config, rows)
-    if reason is not None or activation == "gelu":
-        raise _refusal(reason or "another gate")
-    stacks = LayerStacks(
-        **{linear.name: linear.packed(None) for linear in linears},
+    assert activation != "gelu"
+    return LayerStacks(
+        **{linear.name: linear.packed(None) for linear in _linears(layers)},
         attention_gain=layers.attention_norm.gain[...],
         sub_gain=None if attention.sub_norm is None else attention.sub_norm.gain[...],
         mlp_gain=layers.mlp_norm.gain[...],
@@ -46,19 +66,21 @@ def layer_stacks(layers: "Block", config: ModelConfig, cache: KVCache, rows: int
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
     )
-    reason = why_not(stacks, cache, rows)
-    if reason is not None:
-        raise _refusal(reason)
-    return stacks
 
 
-def _why_not(
-    layers: "Block", linears: Sequence[BitLinear], config: ModelConfig, rows: int
-) -> str | None:
+def _linears(layers: "Block") -> list[BitLinear]:
+    attention, mlp = layers.attention, layers.mlp
+    return [attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, mlp.down]
+
+
+def _why_not(layers: "Block", config: ModelConfig, rows: int) -> str | None:
+    linears = _linears(layers)
     options = linears[0].options
     empty = jnp.zeros((rows, 1, config.hidden_size), layers.attention_norm.gain.dtype)
     if config.qk_norm or config.post_norms or config.sliding_window is not None:
         return "norms of heads or of what is added, or windows"
+    if layers.mlp.activation == "gelu":
+        return "another gate"
     if layers.attention_norm.offset:
         return "norms with an offset"
     if options.sides is not None or not takes_prologue(linears, empty, None):
@@ -69,12 +91,3 @@ def _why_not(
         if runs != "triton":
             return f"products of {rows} rows that {runs} runs"
     return None
-
-
-def _refusal(found: str) -> FabricError:
-    return FabricError(
-        "a step of decoding can't go through all layers in one launch here",
-        expected="Triton's kernels, ternary2, layers as Llama's or BitNet's, no adapters",
-        found=found,
-        fix="leave whole_step out",
-    )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fabric_kernels.decoding import api
 from flax import nnx
 
 from fabric_jax.errors import FabricError
@@ -35,6 +36,30 @@ def test_equals_layer_by_layer() -> None:
     (found, ours), (expected, theirs) = step(base, whole_step=True), step(base)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     np.testing.assert_allclose(ours.keys, theirs.keys, atol=1e-4)
+
+
+def test_is_chosen_for_one_token_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is pretended, the program is traced for it."""
+
+    def loops(rows: int, **options: Any) -> bool:
+        config = get_config("bitnet-tiny")
+        definition = define_decoder(config, DecoderOptions(implementation="triton", **options))
+        base, adapter = definition.base, nnx.to_pure_dict(definition.adapter)
+        shape = (config.num_layers, rows, 8, config.num_kv_heads, config.head_dim)
+        cache = jax.eval_shape(lambda: empty_cache(*shape, "float32"))
+        tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+
+        def run(base: Any, cache: Any, tokens: jax.Array) -> Any:
+            return definition.bind(base, adapter).extend(tokens, tokens, cache)
+
+        return "scan[" in str(jax.make_jaxpr(run)(nnx.to_pure_dict(base), cache, tokens))
+
+    assert loops(1)
+    monkeypatch.setattr(api, "_compute_capability", lambda: api.HOPPER)
+    assert not loops(1)
+    assert loops(2)
+    assert loops(1, whole_step=False)
+    assert loops(1, lora=LoraConfig(rank=4))
 
 
 @pytest.mark.parametrize(

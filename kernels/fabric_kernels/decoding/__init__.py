@@ -2,4 +2,5 @@
 
 from fabric_kernels.decoding.api import LayerStacks as LayerStacks
 from fabric_kernels.decoding.api import decode_layers as decode_layers
+from fabric_kernels.decoding.api import picks_itself as picks_itself
 from fabric_kernels.decoding.api import why_not as why_not
