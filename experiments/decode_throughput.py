@@ -118,11 +118,24 @@ def environment(cell: Settings, platform: str) -> dict[str, str]:
 
 
 def measure(cell: Settings) -> dict[str, Any]:
+    return measure_as(cell, definition_of(on_this_platform(cell)))
+
+
+def on_this_platform(cell: Settings) -> Settings:
+    """The cell with the activations that are measured here.
+
+    Raises:
+        NotOnThisPlatform: there is no device to take times on.
+    """
     platform = current_platform()
     if platform not in ("cpu", "cuda"):
         raise NotOnThisPlatform(f"times need a device; this cell is for {platform}")
-    settings = replace(cell, dtype="float32") if platform == "cpu" else cell
-    definition = definition_of(settings)
+    return replace(cell, dtype="float32") if platform == "cpu" else cell
+
+
+def measure_as(cell: Settings, definition: DecoderDefinition) -> dict[str, Any]:
+    """The metrics of a cell whose decoder is given."""
+    settings = on_this_platform(cell)
     jax.devices()  # starts the device before the turn
     # A single repeat is there to compile.
     with own_turn() if settings.repeats > 1 else nullcontext():
