@@ -275,9 +275,7 @@ class Decoder(nnx.Module):
         which each row has its own.
         """
         views = cache_views(self.config, positions, slots or cache.capacity)
-        stacks = None
-        if tokens.shape[1] == 1:
-            stacks = layer_stacks(self.layers, self.config, cache, len(tokens), self.whole_step)
+        stacks = layer_stacks(self.layers, self.config, cache, tokens.shape, self.whole_step)
         if stacks is not None:
             angles, scale = views.of_global.angles, self.config.attention_scale
             h = self.embed(tokens)

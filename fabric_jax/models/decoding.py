@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def layer_stacks(
-    layers: "Block", config: ModelConfig, cache: KVCache, rows: int, wanted: bool | None
+    layers: "Block",
+    config: ModelConfig,
+    cache: KVCache,
+    shape: tuple[int, ...],
+    wanted: bool | None,
 ) -> LayerStacks | None:
     """The layers for ``decode_layers``, a row a token; None where they go one by one.
 
@@ -24,7 +28,7 @@ def layer_stacks(
         layers: with stacks as parameters, no adapters.
         config: of the model.
         cache: of that many rows.
-        rows: B.
+        shape: of the tokens [B, T]; more than one of a row always go layer by layer.
         wanted: ``DecoderOptions.whole_step``.
 
     Raises:
@@ -32,7 +36,8 @@ def layer_stacks(
             product, or the layers are not Llama's or BitNet's (norms of heads or of what is added,
             windows).
     """
-    if wanted is False or (wanted is None and not picks_itself(rows)):
+    rows, length = shape
+    if length > 1 or wanted is False or (wanted is None and not picks_itself(rows)):
         return None
     stacks = None
     reason = _why_not(layers, config, rows)
