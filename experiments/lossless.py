@@ -95,6 +95,8 @@ def measure(cell: Config) -> dict[str, Any]:
     platform = current_platform()
     if cell.implementation not in ON.get(platform, ()):
         raise NotOnThisPlatform(f"{cell.implementation} does not run on {platform}")
+    if cell.implementation == "mosaic_gpu" and cell.packing != "ternary2":
+        raise NotOnThisPlatform(f"mosaic_gpu does not read {cell.packing}")
     from fabric_jax.checkpoints.loading import load_base
     from fabric_jax.conversion.damage import Run, measure_damage
     from fabric_jax.models.decoder import define_decoder
