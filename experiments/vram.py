@@ -7,7 +7,7 @@ Three columns: by dimensions, as compiled, and the device's peak where it runs (
     fabric-jax sweep experiments.vram --platform cuda --jobs 8 --cache CACHE --out DIR
     fabric-jax sweep experiments.vram --platform tpu-v5e recipe=ours --out DIR
 
-Eight minutes on two cores, compiled only; two to four on a GPU with 16 cores. A TPU's programs take
+Eight minutes on two cores, compiled only; twelve on a GPU with 16 cores. A TPU's programs take
 20 seconds a cell, and libtpu (``pip install 'jax[tpu]'``) in the environment that runs the command.
 ``experiments/on_cuda.sh`` runs this and ``finetune_throughput``.
 """
