@@ -153,16 +153,20 @@ def _picture(experiment: str, records: Sequence[Record]) -> Picture | None:
             figure.legend(loc="outside upper center", ncols=min(4, len(groups)), **named)
         else:
             axes.legend(**named)
-    seeds = sorted({len(values) for group in groups.values() for values in group.values()})
-    count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
-    means = f" Means of {count} with 95 % intervals." if seeds[-1] > 1 else ""
     unit = {"_seconds": ", s", "_bytes": ", bytes"}
     axes.set_ylabel(title(y) + next((u for k, u in unit.items() if y.endswith(k)), ""))
     return Picture(
         name=experiment.replace(".", "-"),
         svg=to_svg(figure),
-        caption=f"{title(y)} by {title(x)}.{means}",
+        caption=f"{title(y)} by {title(x)}.{_means(groups)}",
     )
+
+
+def _means(groups: dict[str, dict[Any, list[float]]]) -> str:
+    """What a caption says of how many cells each mean is of; nothing where none is of several."""
+    counts = sorted({len(values) for group in groups.values() for values in group.values()})
+    of = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f" Means of {of} with 95 % intervals." if counts[-1] > 1 else ""
 
 
 def _lines(axes: Any, groups: dict[str, dict[Any, list[float]]]) -> None:
