@@ -13,13 +13,13 @@
 # number of cells (half a minute to compile, 10 s to start and measure what is compiled):
 #
 #     check        10 s   what is installed, and which device it is
-#     vram         5      90 cells, 12 at a time
-#     quality      6      144 cells, 16 at a time: biomed and the ablations of LoRA, times left out
+#     vram         12     90 cells, 12 at a time; nearly all of it is autotuning
+#     quality      7      144 cells, 16 at a time: biomed and the ablations of LoRA, times left out
 #     ste          4      30 cells, 12 at a time: straight-through variants, trained from scratch
-#     lossless     1      20 cells, 12 at a time
+#     lossless     2      24 cells, 12 at a time
 #     throughput   5      16 programs at once, then 20 cells alone
 #     decode       4      18 programs at once, then 18 cells alone
-#     kernels      3      9 cells at once, then alone
+#     kernels      2      9 cells at once, then alone
 #     host         3      4 cells: decode on the processor of the same machine
 #     ablation_times  4   12 cells alone: packing and remat with their times
 #

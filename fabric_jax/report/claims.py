@@ -159,9 +159,38 @@ def _gpu_over_cpu(index: Index) -> Verdict:
     tone = _tone(holding, len(ratios))
     if tone == "good":
         tone = "mixed"
+    said, more = _finetuning_over_cpu(index)
+    reasons += said
+    evidence += more
     return _verdict(
         "generation is 2.1 to 11.3 times faster on a GPU than on the CPU", tone, reasons, evidence
     )
+
+
+def _finetuning_over_cpu(index: Index) -> tuple[list[str], list[tuple[str, Value]]]:
+    """What is known of fine-tuning in equal cells; not what is claimed, so it decides nothing."""
+    pairs = [
+        (device, host)
+        for device in index.find("finetune_throughput", "cuda")
+        for host in index.find("finetune_throughput", "cpu", **device.cell)
+        if number(device, "real_tokens_per_second") and number(host, "real_tokens_per_second")
+    ]
+    if not pairs:
+        return [], []
+    evidence: list[tuple[str, Value]] = []
+    ratios: list[float] = []
+    for pair in pairs:
+        speeds = [number(record, "real_tokens_per_second") or 0.0 for record in pair]
+        ratios.append(speeds[0] / speeds[1])
+        for record, speed in zip(pair, speeds, strict=True):
+            label = f"{record.cell['model']} fine-tuned, {shape_of(record)}, {record.platform}"
+            evidence.append((f"{label}: tokens a second", Value(short(speed), record.digest)))
+    gpu, cpu = (device_name(records) for records in zip(*pairs, strict=True))
+    reason = (
+        f"Fine-tuning, which the claim is not about, is {min(ratios):.0f} to {max(ratios):.0f} "
+        f"times faster on {gpu} than on {cpu} in equal cells, each in its platform's own dtype."
+    )
+    return [reason], evidence
 
 
 def _lossless(index: Index) -> Verdict:

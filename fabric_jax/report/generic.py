@@ -18,7 +18,7 @@ FEW_TICKS = 9
 
 def experiment_section(index: Index, experiment: str) -> list[Block]:
     """Heading, question, means over seeds where there are several, all cells, figure."""
-    records = sorted(index.find(experiment), key=lambda r: (r.platform, r.started))
+    records = _in_order(index.find(experiment))
     means = seed_blocks(experiment, records, _varying(records), _metrics(records), _setting)
     blocks: list[Block] = [
         Heading(text=experiment, level=3),
@@ -29,6 +29,21 @@ def experiment_section(index: Index, experiment: str) -> list[Block]:
     drawn = any(isinstance(block, Picture) for block in means)
     picture = None if drawn else _picture(experiment, records)
     return blocks if picture is None else [*blocks, picture]
+
+
+def _in_order(records: Sequence[Record]) -> list[Record]:
+    """By platform, then by each setting: numbers by size, names as they were first measured."""
+    ordered = sorted(records, key=lambda record: (record.platform, record.started))
+    names = _varying(ordered)
+    seen = {n: list(dict.fromkeys(repr(record.cell.get(n)) for record in ordered)) for n in names}
+
+    def place(record: Record, name: str) -> float:
+        value = record.cell.get(name)
+        if isinstance(value, int | float):
+            return float(value)
+        return float(seen[name].index(repr(value)))
+
+    return sorted(ordered, key=lambda r: (r.platform, *(place(r, name) for name in names)))
 
 
 def _table(records: Sequence[Record]) -> Table:
@@ -68,9 +83,21 @@ def _metrics(records: Sequence[Record]) -> list[str]:
 
 
 def _varying(records: Sequence[Record]) -> list[str]:
-    names = list(records[0].cell)
-    varying = [n for n in names if len({repr(record.cell.get(n)) for record in records}) > 1]
-    return varying or names[:1]
+    """Settings that tell the records apart; a path only where nothing else does."""
+    values = {n: [repr(record.cell.get(n)) for record in records] for n in records[0].cell}
+    varying = [name for name, own in values.items() if len(set(own)) > 1]
+
+    def said(name: str) -> bool:
+        others = (values[n] for n in varying if n != name)
+        return "/" in "".join(values[name]) and any(
+            len(set(zip(other, values[name], strict=True))) == len(set(other)) for other in others
+        )
+
+    # Of two paths that say the same the first is kept.
+    for name in reversed(varying):
+        if said(name):
+            varying.remove(name)
+    return varying or list(values)[:1]
 
 
 def _setting(value: Any) -> str:
@@ -114,19 +141,32 @@ def _picture(experiment: str, records: Sequence[Record]) -> Picture | None:
         axes.set_ylim(0, 1.04)
     if "y" in asked["log"]:
         axes.set_yscale("log")
+    elif min(value for group in groups.values() for own in group.values() for value in own) >= 0:
+        # Intervals of few seeds reach beyond what can be.
+        axes.set_ylim(bottom=0)
     axes.set_ylabel(title(y))
     axes.set_xlabel(title(x))
     if any(groups):
-        axes.legend(title=title(series) if series else None, fontsize=8)
-    seeds = max(len(values) for group in groups.values() for values in group.values())
-    means = f" Means of {seeds} with 95 % intervals." if seeds > 1 else ""
+        named = {"title": title(series) if series else None, "fontsize": 8}
+        if asked["kind"] == "bar":
+            # Bars leave no room.
+            figure.legend(loc="outside upper center", ncols=min(4, len(groups)), **named)
+        else:
+            axes.legend(**named)
     unit = {"_seconds": ", s", "_bytes": ", bytes"}
     axes.set_ylabel(title(y) + next((u for k, u in unit.items() if y.endswith(k)), ""))
     return Picture(
         name=experiment.replace(".", "-"),
         svg=to_svg(figure),
-        caption=f"{title(y)} by {title(x)}.{means}",
+        caption=f"{title(y)} by {title(x)}.{_means(groups)}",
     )
+
+
+def _means(groups: dict[str, dict[Any, list[float]]]) -> str:
+    """What a caption says of how many cells each mean is of; nothing where none is of several."""
+    counts = sorted({len(values) for group in groups.values() for values in group.values()})
+    of = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f" Means of {of} with 95 % intervals." if counts[-1] > 1 else ""
 
 
 def _lines(axes: Any, groups: dict[str, dict[Any, list[float]]]) -> None:

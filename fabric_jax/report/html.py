@@ -1,20 +1,18 @@
 """A report as one HTML page that needs nothing else: styles, figures and records are in it."""
 
-import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
 
 from fabric_jax.report.document import Block, Heading, Picture, Table, Text, Value, Verdict
-from fabric_jax.report.plot import embedded
-from fabric_jax.report.records_index import FAILED, Index
-from fabric_jax.sweeps.records import Record
+from fabric_jax.report.plot import Shared, shared
+from fabric_jax.report.records_html import escaped as _text
+from fabric_jax.report.records_html import records_html
+from fabric_jax.report.records_index import Index
 
 # A link into closed details opens them; without scripts the record is still where the link leads.
 SCRIPT = """
 function show() { const found = document.getElementById(location.hash.slice(1));
-  const box = found && found.querySelector('details'); if (box) box.open = true }
+  if (found && found.tagName == 'DETAILS') found.open = true }
 addEventListener('hashchange', show); show()
 """
 
@@ -23,26 +21,25 @@ def to_html(blocks: Sequence[Block], index: Index) -> str:
     """The text of ``report.html``."""
     sections = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
     contents = "".join(f'<a href="#{_slug(name)}">{_text(name)}</a>' for name in sections)
-    body: list[str] = []
+    figures = shared([block.svg for block in blocks if isinstance(block, Picture)])
+    body: list[str] = [figures.html()]
     for block in blocks:
-        body.append(_block(block, index))
+        body.append(_block(block, figures))
         if isinstance(block, Heading) and block.level == 1:
             body.append(f'<nav>{contents}<a href="#records">Records</a></nav>')
-    devices = _devices(index)
-    records = "\n".join(_record(record, devices) for record in _ordered(index))
     first = next((b.text for b in blocks if isinstance(b, Heading)), "Report")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(first)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n"
         + "\n".join(body)
-        + f'\n<h2 id="records">Records</h2>\n{_device_list(devices)}\n{records}\n'
+        + f'\n<h2 id="records">Records</h2>\n{records_html(index)}\n'
         f"<script>{SCRIPT}</script>\n"
         "</body>\n</html>\n"
     )
 
 
-def _block(block: Block, index: Index) -> str:
+def _block(block: Block, figures: Shared) -> str:
     match block:
         case Heading():
             name = f' id="{_slug(block.text)}"' if block.level == 2 else ""
@@ -51,7 +48,7 @@ def _block(block: Block, index: Index) -> str:
             kind = ' class="small"' if block.small else ""
             return f"<p{kind}>{_text(block.text)}</p>"
         case Picture():
-            svg = embedded(block.svg, block.name)
+            svg = figures.embedded(block.svg, block.name)
             return f"<figure>{svg}<figcaption>{_text(block.caption)}</figcaption></figure>"
         case Table():
             return _table(block)
@@ -95,70 +92,8 @@ def _value(value: Value) -> str:
     return f'<a href="#r-{value.digest}">{text}</a>' if value.digest and text else text
 
 
-def _ordered(index: Index) -> list[Record]:
-    return sorted(index.records, key=lambda r: (r.experiment, r.platform, r.name))
-
-
-def _devices(index: Index) -> list[str]:
-    """Each machine, with what its processes were told, as JSON; a record says its number."""
-    return sorted({_machine(record) for record in index.records})
-
-
-def _machine(record: Record) -> str:
-    return _json({"device": record.device, "environment": record.environment})
-
-
-def _device_list(devices: Sequence[str]) -> str:
-    return "\n".join(
-        f'<div class="record" id="device-{i}"><details><summary>device {i}</summary>'
-        f"<pre>{escape(device, quote=False)}</pre></details></div>"
-        for i, device in enumerate(devices, 1)
-    )
-
-
-def _record(record: Record, devices: Sequence[str]) -> str:
-    status = record.kind if record.status == "ok" else FAILED[record.status]
-    # The summary names it, and the table that leads here says what it asks.
-    elsewhere = (
-        *(
-            "schema",
-            "digest",
-            "experiment",
-            "question",
-            "name",
-            "platform",
-            "kind",
-            "status",
-            "command",
-        ),
-        *("figure", "columns", "device", "environment"),
-    )
-    lines = [
-        f"{key}: {_json(value)}"
-        for key, value in record.to_json().items()
-        if key not in elsewhere and value is not None
-    ]
-    body = escape("\n".join(lines), quote=False)
-    name = _text(f"{record.experiment} on {record.platform}: {record.name}")
-    device = devices.index(_machine(record)) + 1
-    return (
-        f'<div class="record" id="r-{record.digest}"><details><summary>{name} ({status})</summary>'
-        f'<p><code>{_text(record.command)}</code> on <a href="#device-{device}">device {device}'
-        f"</a></p><pre>{body}</pre></details></div>"
-    )
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(", ", ":"))
-
-
 def _style() -> str:
     return (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-
-
-def _text(text: str) -> str:
-    """Escaped; a number is not torn from its per cent."""
-    return escape(text, quote=False).replace(" %", "&nbsp;%")
 
 
 def _slug(text: str) -> str:

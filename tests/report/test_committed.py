@@ -30,6 +30,11 @@ def test_the_report_is_made_from_the_records(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1], AGAIN
 
 
+def test_no_file_is_large() -> None:
+    for path in RECORDS.rglob("*"):
+        assert path.stat().st_size < 1_000_000, path
+
+
 def test_every_linked_figure_and_record_is_there() -> None:
     text = (RECORDS / "report.md").read_text()
     for place in set(re.findall(r"\]\(([^)#]+)(?:#L\d+)?\)", text)):

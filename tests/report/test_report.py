@@ -144,7 +144,9 @@ def test_the_page_needs_nothing_else_and_its_links_lead_somewhere(
     assert {link[1:] for link in inside} <= set(page.ids)
     for record in records:
         assert f'id="r-{record.digest}"' in html
-        assert record.command in html
+        # Said once for a sweep, if it is the same but for the name.
+        assert record.command.removesuffix(record.name).rstrip() in html
+        assert f'id="r-{record.digest}"><summary>{record.name} (' in html
     # A figure of ours leads to its record in the Markdown too.
     text = (path / "report.md").read_text()
     lines = (path / "all.jsonl").read_text().splitlines()
@@ -251,3 +253,67 @@ def test_a_metric_that_no_record_has_is_no_column(folder: Folder, make_record: M
     text = (path / "report.md").read_text()
     assert "| rank | seeds | accuracy |" in text
     assert "None" not in text
+
+
+def test_rows_are_in_the_order_of_their_settings(folder: Folder, make_record: Make) -> None:
+    records = [
+        make_record("ablations.order", "cpu", {"name": name, "rows": rows}, {"loss": rows + 0.25})
+        for name, rows in (("b", 1024), ("a", 8), ("b", 128), ("a", 16))
+    ]
+    path = folder(*records)
+    write_report(path, path)
+    rows = re.findall(r"^\| \[?(\w)\b.*?\| (\d+) \|", (path / "report.md").read_text(), re.M)
+    assert rows == [("b", "128"), ("b", "1024"), ("a", "8"), ("a", "16")]
+
+
+def test_a_path_that_another_setting_tells_is_no_column(folder: Folder, make_record: Make) -> None:
+    cells = [{"model": "tiny", "text": "", "rows": rows} for rows in (1, 2)]
+    cells += [{"model": "runs/model", "text": "runs/text.jsonl", "rows": rows} for rows in (1, 2)]
+    path = folder(*(make_record("ablations.paths", "cpu", cell, {"loss": 1.5}) for cell in cells))
+    write_report(path, path)
+    text = (path / "report.md").read_text()
+    assert "| model | rows | loss |" in text
+    assert "runs/model" in text
+
+
+def test_fine_tuning_in_equal_cells_is_told_and_decides_nothing(
+    folder: Folder, make_record: Make
+) -> None:
+    cell = {"model": "bitnet-125m", "shape": "custom", "rows": 8, "length": 128, "packing": True}
+    cell |= {"recipe": "fast"}
+    speeds = {"cuda": 8000.0, "cpu": 100.0}
+    records = [
+        make_record(
+            "finetune_throughput",
+            platform,
+            cell,
+            {
+                "real_tokens_per_second": speed,
+                "positions_per_second": speed,
+                "positions": 22 * 1024,
+                "epoch_seconds": 22 * 1024 / speed,
+                "epoch_steps": 22,
+                "steps_run": 22,
+                "step_seconds": 1024 / speed,
+                "compile_seconds": 1.0,
+                "roofline_seconds": 0.001,
+            },
+        )
+        for platform, speed in speeds.items()
+    ]
+    path = folder(*records)
+    write_report(path, path)
+    text = (path / "report.md").read_text()
+    assert "faster on a GPU than on the CPU: not measured" in text
+    assert "80 to 80 times faster" in text
+
+
+def test_what_records_of_a_sweep_share_is_said_once(folder: Folder, make_record: Make) -> None:
+    cells = [{"rank": rank, "model": "the only model", "seed": 0} for rank in (4, 8)]
+    path = folder(*(make_record("ablations.few", "cpu", cell, {"loss": 1.5}) for cell in cells))
+    write_report(path, path)
+    html = (path / "report.html").read_text()
+    records = html[html.index('id="records"') :]
+    assert records.count('"model":"the only model"') == 1
+    assert 'cell: {"rank":4}' in records
+    assert 'cell: {"rank":8}' in records
