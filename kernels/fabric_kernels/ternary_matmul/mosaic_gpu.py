@@ -10,6 +10,7 @@ other run. Layouts of fragments: PTX ISA 9.7.15.5, wgmma m64nNk32 of .s8. Weight
 operand: the idea of the mixed-type kernels for this chip (Machete; JAX's and tokamax's).
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -434,5 +435,11 @@ def _of_tokens(ref: Any, shape: tuple[int, ...], interpret: bool) -> jax.Array:
     """One value a token, along the second axis of ``shape``."""
     if interpret:
         return lax.broadcast_in_dim(ref[...], shape, (1,))
-    values = plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    values = _load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     return lax.broadcast_in_dim(values, shape, (1,))
+
+
+def _load(ref: Any, **options: Any) -> jax.Array:
+    """``plgpu.load`` of all of ``ref``: jax 0.10 wants an index beside it, jax 0.11 none."""
+    wanted = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+    return plgpu.load(ref, *([()] if wanted else []), **options)
