@@ -18,6 +18,12 @@ LOGITS_TILE_BYTES = 8 << 20
 then twice as large as they are, which is little beside a step on so many tokens and lets products
 with the head run at full speed."""
 
+CAST_AT_ONCE = 4
+"""A half-precision head is cast to the dtype of half-precision hidden states as a whole where it
+has no more than so many times their bytes, except on CPUs, whose kernel multiplies it as it is."""
+ALIGNMENT = 128
+"""Rows of such a copy are filled up to a multiple: products would otherwise do so, tile by tile."""
+
 _Head = jax.Array | BlockTable
 
 
@@ -25,6 +31,7 @@ class _How(NamedTuple):
     train_head: bool
     z_loss: float
     tile_bytes: int
+    whole: bool
 
 
 def tiled_cross_entropy(
@@ -57,7 +64,7 @@ def tiled_cross_entropy(
             f"a head of int{head.bits} codes can't be trained",
             fix="Store embedding and head as float32 or bfloat16",
         )
-    how = _How(train_head, z_loss, tile_bytes)
+    how = _How(train_head, z_loss, tile_bytes, _at_once(hidden, head, tile_bytes))
     return _loss(how, hidden, head, targets, weights)
 
 
@@ -76,7 +83,7 @@ def _loss(
     def add(
         total: jax.Array, tile: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
-        logits = _logits(how, tile[0], multiplied)
+        logits = _logits(how, tile[0], multiplied, head.shape[0])
         normaliser = _normalised(logits)[2]
         return total + _tile_loss(logits, normaliser, *tile[1:], how.z_loss), None
 
@@ -94,14 +101,14 @@ def _loss_fwd(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, d_head = carry
         x, y, w = tile
-        logits = _logits(how, x, multiplied)
+        logits = _logits(how, x, multiplied, head.shape[0])
         # Largest logit and sum are for both, loss and gradient: a tile is read no oftener.
         exponentials, sums, normaliser = _normalised(logits)
         total = total + _tile_loss(logits, normaliser, y, w, how.z_loss)
         shares = exponentials / sums[:, None]
         if how.z_loss:
             shares = shares * (1 + 2 * how.z_loss * normaliser[:, None])
-        d_logits = shares - jax.nn.one_hot(y, head.shape[0])
+        d_logits = shares - jax.nn.one_hot(y, logits.shape[1])
         d_logits = (d_logits * w[:, None]).astype(x.dtype)
         if train_head:
             d_head = d_head + linear(d_logits.T, x.T, jnp.float32)
@@ -137,20 +144,36 @@ _loss.defvjp(_loss_fwd, _loss_bwd)
 
 def _multiplied(how: _How, hidden: jax.Array, head: _Head) -> _Head:
     """The head as it is multiplied: a float32 master of a half-precision model is rounded once."""
-    if how.train_head and isinstance(head, jax.Array):
-        return head.astype(hidden.dtype)
-    return head
+    if not isinstance(head, jax.Array) or not (how.train_head or how.whole):
+        return head
+    cast = head.astype(hidden.dtype)
+    if how.train_head:
+        return cast
+    return jnp.pad(cast, ((0, -head.shape[0] % ALIGNMENT), (0, 0)))
 
 
-def _logits(how: _How, x: jax.Array, head: _Head) -> jax.Array:
-    """Float32 [tile, V]; large tiles leave no reason to take the head by parts as well."""
-    if how.tile_bytes > LOGITS_TILE_BYTES and isinstance(head, jax.Array):
-        return linear(x, head, jnp.float32)
-    return table_matmul(x, head)
+def _at_once(hidden: jax.Array, head: _Head, tile_bytes: int) -> bool:
+    """Whether many tokens leave no reason to take the head by parts as well."""
+    if isinstance(head, BlockTable):
+        return False
+    half = hidden.dtype.itemsize == head.dtype.itemsize == 2
+    many = half and head.size <= CAST_AT_ONCE * hidden.size
+    return tile_bytes > LOGITS_TILE_BYTES or (many and jax.default_backend() != "cpu")
+
+
+def _logits(how: _How, x: jax.Array, head: _Head, size: int) -> jax.Array:
+    """Float32 [tile, V]; those of rows past ``size`` are minus infinity."""
+    if not how.whole or isinstance(head, BlockTable):
+        return table_matmul(x, head)
+    logits = linear(x, head, jnp.float32)
+    if head.shape[0] == size:
+        return logits
+    rows = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return jnp.where(rows < size, logits, -jnp.inf)
 
 
 def _transposed(how: _How, d_logits: jax.Array, head: _Head) -> jax.Array:
-    if how.tile_bytes > LOGITS_TILE_BYTES and isinstance(head, jax.Array):
+    if how.whole and isinstance(head, jax.Array):
         return linear_transposed(d_logits, head)
     return table_matmul_transposed(d_logits, head)
 

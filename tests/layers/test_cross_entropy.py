@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fabric_jax.layers.cross_entropy import tile_tokens, tiled_cross_entropy
+from fabric_jax.layers.cross_entropy import LOGITS_TILE_BYTES, tile_tokens, tiled_cross_entropy
 
 # One tile, less than one; two tiles of 16,384 tokens; tiles of 16, the last one short.
 SHAPES = [(1, 8, 11), (33, 24, 259), (5, 3, 2), (20_000, 3, 300), (37, 4, 300_000)]
@@ -47,22 +47,28 @@ def relative(found: jax.Array, expected: np.ndarray) -> float:
     return float(np.abs(np.asarray(found, np.float64) - expected).max()) / scale
 
 
+@pytest.mark.parametrize("tile_bytes", [LOGITS_TILE_BYTES, 2 * LOGITS_TILE_BYTES])
 @pytest.mark.parametrize("train_head", [False, True], ids=["frozen-head", "trained-head"])
 @pytest.mark.parametrize(("n", "d", "v"), SHAPES)
-def test_value_and_gradients_equal_float64(n: int, d: int, v: int, train_head: bool) -> None:
+def test_value_and_gradients_equal_float64(
+    n: int, d: int, v: int, train_head: bool, tile_bytes: int
+) -> None:
+    """By parts of the head; and with large tiles by all of it, a frozen one filled up."""
     hidden, head, targets, weights = problem(n, d, v)
     arrays = [jnp.asarray(a) for a in (hidden, head, targets, weights)]
 
     @jax.jit
     def run(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-            return 3.0 * tiled_cross_entropy(hidden, head, *arrays[2:], train_head=train_head)
+            rest, how = arrays[2:], {"train_head": train_head, "tile_bytes": tile_bytes}
+            return 3.0 * tiled_cross_entropy(hidden, head, *rest, **how)
 
         return jax.value_and_grad(loss, (0, 1))(hidden, head)
 
     value, (d_hidden, d_head) = run(*arrays[:2])
     loss, exact_d_hidden, exact_d_head = exact(hidden, head, targets, weights)
-    assert float(tiled_cross_entropy(*arrays)) == pytest.approx(loss, rel=2e-6)
+    forward = tiled_cross_entropy(*arrays, tile_bytes=tile_bytes)
+    assert float(forward) == pytest.approx(loss, rel=2e-6)
     assert float(value) == pytest.approx(3 * loss, rel=2e-6)
     assert relative(d_hidden, 3 * exact_d_hidden) < 1e-5
     if train_head:
