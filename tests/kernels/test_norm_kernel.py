@@ -18,7 +18,7 @@ GATES: list[Gate] = ["silu", "relu2"]
 CPU_KERNELS = jax.default_backend() == "cpu" and cpu_library.available()
 
 
-@pytest.fixture(params=["xla", "cpu"])
+@pytest.fixture(params=["xla", "cpu", "triton"])
 def implementation(request: pytest.FixtureRequest) -> Implementation:
     if request.param == "cpu" and not CPU_KERNELS:
         pytest.skip("the CPU kernels are not available here")
@@ -135,6 +135,34 @@ def test_half_precision_keeps_its_dtype() -> None:
     assert gated_product(x, x, "silu", jnp.ones(20), EPS).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("gate", [None, *GATES])
+def test_half_precision_is_rounded_at_the_end(
+    implementation: Implementation, gate: Gate | None
+) -> None:
+    rows = [sample(5, 300, seed=seed).astype(jnp.bfloat16) for seed in range(3)]
+    gain = sample(300, seed=3).astype(jnp.bfloat16)
+
+    def run(x: jax.Array, up: jax.Array) -> jax.Array:
+        if gate is None:
+            return rms_norm(x, gain, EPS, implementation=implementation)
+        return gated_product(x, up, gate, gain, EPS, implementation=implementation)
+
+    y, pull = jax.vjp(run, *rows[:2])
+    wide = [np.asarray(a.astype(jnp.float32), np.float64) for a in (*rows, gain)]
+
+    def exact(x: np.ndarray, up: np.ndarray) -> np.ndarray:
+        return normalised(x if gate is None else activated(x, gate) * up, wide[3])
+
+    assert_close(y, exact(*wide[:2]), 2**-7)
+    d_x, d_up = pull(rows[2])
+    # A few entries: the numeric gradient goes through a row for each of them.
+    few = np.s_[:1]
+    x, up, dy = (a[few] for a in wide[:3])
+    assert_close(d_x[few], numeric_gradient(lambda x: exact(x, up), x, dy), 2**-6)
+    if gate is not None:
+        assert_close(d_up[few], numeric_gradient(lambda up: exact(x, up), up, dy), 2**-6)
+
+
 def test_an_unknown_implementation_raises() -> None:
-    with pytest.raises(ValueError, match="norms have the implementations xla, cpu"):
+    with pytest.raises(ValueError, match="norms have the implementations xla, cpu, triton"):
         rms_norm(jnp.ones((2, 3)), jnp.ones(3), EPS, implementation="cuda")  # pyright: ignore

@@ -1,4 +1,4 @@
-"""Norms and gates in one pass over a row, where XLA on CPU takes several on one thread.
+"""Norms and gates in one pass over a row, where XLA takes several, and on CPU on one thread.
 
 RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467. Squared ReLU: So et al. 2021, arXiv:2109.08668.
 """
@@ -12,14 +12,20 @@ import numpy as np
 from jax import lax
 
 from fabric_kernels import cpu_library
+from fabric_kernels.norm import triton
 
-Implementation = Literal["xla", "cpu"]
+Implementation = Literal["xla", "cpu", "triton"]
 Gate = Literal["silu", "relu2"]
 _GATES: dict[Gate | None, np.int32] = {
     None: np.int32(0),
     "silu": np.int32(1),
     "relu2": np.int32(2),
 }
+MANY_ROWS = 1024
+"""From so many on ``None`` means the Triton kernels, in half precision on an NVIDIA GPU: XLA has
+few rows in its caches, and joins norms with what is around them."""
+OLDEST_GPU = 8
+"""Major compute capability from which on that is so: these have bfloat16."""
 
 
 def rms_norm(
@@ -31,9 +37,11 @@ def rms_norm(
         x: [..., n], floats.
         gain: [n], floats; cast to the dtype of ``x``.
         eps: added to the mean of squares.
-        implementation: ``cpu`` or ``xla``; None picks. The kernel is for float32: other dtypes are
-            left to XLA under either name.
+        implementation: ``cpu``, ``triton`` or ``xla``; None picks. The CPU kernel is for float32:
+            other dtypes are left to XLA under its name.
     """
+    if _on_triton(x, implementation):
+        return triton.norm(triton.How(None, eps), (x,), gain)
     if _on_cpu(x, implementation):
         empty = jnp.zeros((0,), jnp.float32)
         return _cpu((None, eps), x, empty, gain.astype(jnp.float32))
@@ -51,8 +59,10 @@ def gated_product(
 ) -> jax.Array:
     """``act(gate) · up``, [..., n], and its RMS norm where there is a gain [n].
 
-    ``implementation`` as for :func:`rms_norm`.
+    ``implementation`` as for :func:`rms_norm`; without a gain ``triton`` is XLA's too.
     """
+    if gain is not None and _on_triton(gate, implementation):
+        return triton.norm(triton.How(activation, eps), (gate, up), gain)
     if _on_cpu(gate, implementation):
         own = jnp.zeros((0,), jnp.float32) if gain is None else gain.astype(jnp.float32)
         return _cpu((activation, eps), gate, up, own)
@@ -69,6 +79,17 @@ def _normalise(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return normal.astype(x.dtype) * jnp.expand_dims(gain, range(x.ndim - 1)).astype(x.dtype)
+
+
+def _on_triton(x: jax.Array, implementation: Implementation | None) -> bool:
+    if implementation is not None or x.shape[-1] > triton.MOST_COLUMNS or x.size == 0:
+        return implementation == "triton" and x.size > 0
+    if x.dtype.itemsize > 2 or x.size < MANY_ROWS * x.shape[-1]:
+        return False
+    # AMD's architectures have names where NVIDIA's have numbers.
+    device = jax.devices()[0]
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return device.platform == "gpu" and major.isdecimal() and int(major) >= OLDEST_GPU
 
 
 def _on_cpu(x: jax.Array, implementation: Implementation | None) -> bool:

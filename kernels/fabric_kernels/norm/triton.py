@@ -1,0 +1,103 @@
+"""RMS norms and gated products on GPUs, forward and backward in one pass over a row each.
+
+XLA reads a row twice in both directions, once for its sum and once for what is made of it.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fabric_kernels.triton_call import Mode, on_platform, without_deprecation
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+MOST_COLUMNS = 16384
+"""Of a row, all of which a program has in registers."""
+
+
+@dataclass(frozen=True)
+class How:
+    """What is computed.
+
+    Attributes:
+        activation: of the gate; None for a norm without one.
+        eps: of the norm.
+    """
+
+    activation: Literal["silu", "relu2"] | None
+    eps: float
+
+
+def kernels() -> "ModuleType":
+    """The module of the kernels.
+
+    Raises:
+        NotImplementedError: this JAX has no Pallas Triton.
+    """
+    try:
+        with without_deprecation():
+            from fabric_kernels.norm import triton_kernels
+    except ImportError as error:
+        raise NotImplementedError(
+            f"jax {jax.__version__} has no Pallas Triton; use implementation xla"
+        ) from error
+    return triton_kernels
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def norm(how: How, x: tuple[jax.Array, ...], gain: jax.Array) -> jax.Array:
+    """The normalised rows.
+
+    Args:
+        how: what is computed.
+        x: (x,) or (gate, up), floats [..., n].
+        gain: [n].
+
+    Returns:
+        [..., n] in the dtype of x. First gradients only, in reverse mode.
+    """
+
+    def call(x: tuple[jax.Array, ...], gain: jax.Array, *, mode: Mode) -> jax.Array:
+        return kernels().forward(how, _rows(x), gain, mode=mode)
+
+    return on_platform(call, x, gain).reshape(x[0].shape)
+
+
+_Operands = tuple[tuple[jax.Array, ...], jax.Array]
+
+
+def _forward(how: How, x: tuple[jax.Array, ...], gain: jax.Array) -> tuple[jax.Array, _Operands]:
+    return norm(how, x, gain), (x, gain)
+
+
+def _backward(how: How, operands: _Operands, dy: jax.Array) -> _Operands:
+    x, gain = operands
+
+    def call(x: Any, gain: jax.Array, dy: Any, *, mode: Mode) -> Any:
+        return kernels().backward(how, _rows(x), gain, *_rows((dy,)), mode=mode)
+
+    gradients = on_platform(call, x, gain, dy)
+    # Of no use where the gain is frozen; the compiler then leaves it out.
+    d_gain = jnp.sum((dy.astype(jnp.float32) * _normal(how, x)).reshape(-1, gain.size), axis=0)
+    return tuple(d.reshape(dy.shape) for d in gradients), d_gain.astype(gain.dtype)
+
+
+norm.defvjp(_forward, _backward)
+
+
+def _normal(how: How, x: tuple[jax.Array, ...]) -> jax.Array:
+    """The normalised rows without a gain in float32, which XLA makes part of what reads them."""
+    product = x[-1].astype(jnp.float32)
+    if how.activation is not None:
+        gate = x[0].astype(jnp.float32)
+        product *= jax.nn.silu(gate) if how.activation == "silu" else jnp.square(jax.nn.relu(gate))
+    return product * lax.rsqrt(jnp.mean(product * product, axis=-1, keepdims=True) + how.eps)
+
+
+def _rows(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(a.reshape(-1, a.shape[-1]) for a in arrays)
