@@ -144,6 +144,17 @@ def test_codes_are_those_of_the_quantiser() -> None:
         np.testing.assert_array_equal(found[:20], factor * np.float32(of_matrix))
 
 
+def test_what_is_not_a_number_stays_visible() -> None:
+    problem = Problem(n=(5,), k=40, leading=(20,), ranks=(None,))
+    x = problem.x.at[3, 7].set(np.nan).at[5, 0].set(np.inf)
+    (factor,) = compiled(
+        lambda x, weights: triton_group.quantized_rows(x, weights, (None,), 24, 64)[1],
+        x,
+        problem.weights,
+    )
+    np.testing.assert_array_equal(np.isfinite(factor[:20]), ~np.isin(np.arange(20), (3, 5)))
+
+
 @pytest.mark.skipif(ON_GPU, reason="interpreted; on a GPU the layers' own tests run it")
 def test_mosaic_gpu_with_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products interpreted, and the forms of the backward product that are not its own."""

@@ -12,7 +12,7 @@ operand: the idea of the mixed-type kernels for this chip (Machete; JAX's and to
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,72 +24,32 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fabric_kernels.low_rank import LowRank
 from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
-from fabric_kernels.ternary_matmul import mosaic_gpu_transposed, triton, xla
+from fabric_kernels.ternary_matmul import mosaic_gpu_share, mosaic_gpu_transposed, triton, xla
+from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands, Share
+from fabric_kernels.ternary_matmul.mosaic_gpu_tiles import (
+    MULTIPROCESSORS,
+    PIECE_BYTES,
+    SWIZZLE,
+    Tiles,
+    choose_tiles,
+)
 from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_codes
-from fabric_kernels.ternary_matmul.triton_group import add_shares, quantized_rows
+from fabric_kernels.ternary_matmul.triton_group import (
+    adapter_gradients,
+    add_shares,
+    narrow_gradients,
+    quantized_rows,
+)
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
-ROWS = 64
-"""Outputs (rows of the first operand) of one wgmma."""
-SWIZZLE = 128
-"""Bytes of a swizzled row of shared memory: activation codes a wgmma call takes at least."""
-PIECE_BYTES = SWIZZLE // CODES_PER_BYTE
-"""Packed bytes that a wgmma call takes of a row."""
 TILE_ROWS = 8
 """Of a swizzled tile of shared memory; what it is copied from or to has whole tiles."""
 MEMORY_REGISTERS = 40
-MULTIPROCESSORS = 132
-"""Of an H100 SXM and an H200. Any number is correct: a block takes tiles until none are left."""
 LEAST_TOKENS = 128
 """From so many on the backward product is a kernel of this module too; Triton's divides the outputs
 of a matrix among programs, so that few tokens occupy the GPU."""
 UNPACKED_TOKENS = 1024
 """From so many float32 gradients on it is XLA's, of a matrix that it unpacks."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a product is cut up.
-
-    Attributes:
-        tokens: of a block; a multiple of 64, at most 256.
-        outputs: of a warpgroup; a multiple of 64.
-        warpgroups: that compute; each has its own outputs and all share the tokens.
-        codes: of k in a pipeline step; a multiple of 128.
-        stages: pipeline steps in shared memory, beside what the epilogue stores from.
-        store: tokens that the epilogue stores at a time.
-        slots: such stores in shared memory, of four bytes an output; twice as many of two bytes.
-    """
-
-    tokens: int
-    outputs: int = ROWS
-    warpgroups: int = 2
-    codes: int = 256
-    stages: int = 3
-    store: int = 64
-    slots: int = 1
-
-    @property
-    def width(self) -> int:
-        """Outputs of a block."""
-        return self.outputs * self.warpgroups
-
-    @property
-    def bytes(self) -> int:
-        """Packed bytes of a row in a step."""
-        return self.codes // CODES_PER_BYTE
-
-
-def choose_tiles(m: int, n: int) -> Tiles:
-    """The largest tiles that still give nearly every multiprocessor one.
-
-    Many tokens to a block share the work of unpacking: of the tiles measured on an H100, the first
-    were the fastest at 1024 and 8192 tokens, the last at 128 (jax 0.11.2, CUDA 13).
-    """
-    for tiles in (Tiles(256, stages=3, store=16), Tiles(128, stages=4)):
-        if pl.cdiv(m, tiles.tokens) * pl.cdiv(n, tiles.width) >= MULTIPROCESSORS * 3 // 4:
-            return tiles
-    return Tiles(64, warpgroups=1, stages=8)
 
 
 def matmul(x: jax.Array, weight: TernaryWeight, *, interpret: Any = None) -> jax.Array:
@@ -118,7 +78,8 @@ def linear_with_adapters(
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """:func:`linear` with the adapters' products added, and what the backward pass reads.
 
-    Quantiser and adapters are Triton kernels, a launch each for all weights.
+    The quantiser is a Triton kernel, a launch for all weights; so are the adapters, but those
+    that the products' epilogues add (``mosaic_gpu_share``).
     """
     for weight in weights:
         _check_packing(weight)
@@ -131,11 +92,13 @@ def linear_with_adapters(
     codes, factors, narrow = quantized_rows(
         rows, tuple(weights), own, _up(len(rows), tokens), CODES_PER_BYTE * width
     )
+    shares = mosaic_gpu_share.shares_of(narrow, own, dtype)
     outputs = [
-        _product(codes, weight, factor, dtype, m=len(rows), interpret=interpret)
-        for weight, factor in zip(weights, factors, strict=True)
+        _product(codes, weight, factor, dtype, m=len(rows), share=share, interpret=interpret)
+        for weight, factor, share in zip(weights, factors, shares, strict=True)
     ]
-    outputs, kept = add_shares(rows, outputs, own, narrow)
+    added = any(share is not None for share in shares)
+    outputs, kept = add_shares(rows, outputs, own, narrow, added=added)
     return (
         tuple(y.reshape(*leading, y.shape[-1]) for y in outputs),
         tuple(u.reshape(*leading, u.shape[-1]) for u in kept),
@@ -174,9 +137,18 @@ def transposed_with_adapters(
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array] | None]]:
     """The gradients of :func:`linear_with_adapters`, as those of the Triton implementation.
 
-    That adds the adapters' shares to the products with codes, and makes their gradients.
+    That makes the gradients of adapters, and adds their shares to the products with codes, where
+    these don't do so themselves.
     """
     products = total = None
+    if _adds_back(x, gradients, weights, adapters):
+        rows = [g.reshape(-1, g.shape[-1]) for g in gradients]
+        flat, of_x = x.reshape(-1, x.shape[-1]), narrow[0].reshape(-1, narrow[0].shape[-1])
+        own, all_ = tuple(adapters), tuple(weights)
+        back = narrow_gradients(rows, all_, own)
+        share = mosaic_gpu_share.all_shares(back, own)
+        dx = mosaic_gpu_transposed.product(rows, weights, share=share, interpret=interpret)
+        return dx.reshape(x.shape), adapter_gradients(flat, rows, own, of_x, back)
     if _multiplies_back(gradients, weights):
         total = linear_transposed(gradients, weights, interpret=interpret)
         if all(adapter is None for adapter in adapters):
@@ -186,6 +158,20 @@ def transposed_with_adapters(
     return triton.transposed_with_adapters(
         x, gradients, weights, adapters, narrow, bits=bits, products=products, total=total
     )
+
+
+def _adds_back(
+    x: jax.Array,
+    gradients: Sequence[jax.Array],
+    weights: Sequence[TernaryWeight],
+    adapters: Sequence[LowRank | None],
+) -> bool:
+    """Whether that kernel also adds the adapters' shares."""
+    ranks = [one.b.shape[0] for one in adapters if one is not None]
+    columns = sum(max(mosaic_gpu_share.RANK, 1 << (rank - 1).bit_length()) for rank in ranks)
+    bfloat16 = all(g.dtype == jnp.bfloat16 for g in (x, *gradients))
+    fit = 0 < columns <= mosaic_gpu_transposed.MOST_RANK
+    return bfloat16 and fit and _multiplies_back(gradients, weights)
 
 
 def _multiplies_back(gradients: Sequence[jax.Array], weights: Sequence[TernaryWeight]) -> bool:
@@ -206,15 +192,18 @@ def _product(
     *,
     m: int | None = None,
     tiles: Tiles | None = None,
+    share: Share | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """[m, N] in ``dtype``: the int32 product of ``x`` int8 [M, K], times ``factor`` f32 [M].
 
-    M and K may be more than there are tokens and inputs, with zeros past those inputs.
+    A share, which wants a factor, is added. M and K may be more than there are tokens and inputs,
+    with zeros past those inputs.
     """
     _check_packing(weight)
     m, n = m or x.shape[0], weight.n
     tiles = tiles or choose_tiles(m, n)
+    tiles = tiles if share is None else tiles.beside_share()
     packed, layer = _aligned(weight, tiles)
     rows = max(tiles.tokens, _up(m, TILE_ROWS))
     right = CODES_PER_BYTE * packed.shape[2] - x.shape[1]
@@ -223,7 +212,12 @@ def _product(
     if factor is not None:
         operands.append(jnp.pad(factor, (0, max(0, _up(rows, tiles.tokens) - len(factor)))))
     outputs = _up(packed.shape[1], SWIZZLE // dtype.itemsize)
-    call = _call(tiles, (rows, outputs), dtype, factor is not None, interpret)
+    if share is not None:
+        right = max(tiles.width, _up(n, TILE_ROWS)) - n
+        operands.append(jnp.pad(share.narrow, ((0, rows - m), (0, 0))))
+        operands.append(jnp.pad(share.b, ((0, 0), (0, right))))
+    start = None if share is None else share.start
+    call = _call(tiles, (rows, outputs), dtype, (factor is not None, start), interpret)
     return call(*operands)[:m, :n]
 
 
@@ -255,13 +249,22 @@ def _aligned(weight: TernaryWeight, tiles: Tiles) -> tuple[jax.Array, jax.Array]
 
 
 def _call(
-    tiles: Tiles, shape: tuple[int, int], dtype: jnp.dtype, scaled: bool, interpret: Any
+    tiles: Tiles,
+    shape: tuple[int, int],
+    dtype: jnp.dtype,
+    extra: tuple[bool, int | None],
+    interpret: Any,
 ) -> Callable[..., jax.Array]:
-    """The kernel as a function of layer, stack, activations and, if ``scaled``, factors."""
+    """The kernel as a function of layer, stack, activations and what is ``extra``.
+
+    These are factors, and narrow products, from one of their columns on, with B.
+    """
     blocks = pl.cdiv(shape[0], tiles.tokens) * pl.cdiv(shape[1], tiles.width)
     slots = tiles.slots * 4 // dtype.itemsize
     out_shape = (tiles.warpgroups, slots, tiles.store, tiles.outputs)
     scratch = [plgpu.SMEM(out_shape, dtype, transforms=_transforms(SWIZZLE, dtype.itemsize))]
+    if extra[1] is not None:
+        scratch += mosaic_gpu_share.scratch(tiles.warpgroups, tiles.tokens, tiles.outputs)
     options: dict[str, Any] = {}
     if interpret:
         options["interpret"] = interpret
@@ -271,7 +274,7 @@ def _call(
         semantics = plgpu.LoweringSemantics.Warpgroup
         options["compiler_params"] = plgpu.CompilerParams(lowering_semantics=semantics)
     return plgpu.kernel(
-        partial(_kernel, tiles, scaled),
+        partial(_kernel, tiles, *extra),
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         scratch_types=scratch,
         grid=(min(blocks, MULTIPROCESSORS),),
@@ -289,10 +292,12 @@ def _transforms(swizzle: int, itemsize: int) -> tuple[Any, ...]:
     )
 
 
-def _kernel(tiles: Tiles, scaled: bool, *refs: Any) -> None:
+def _kernel(tiles: Tiles, scaled: bool, share: int | None, *refs: Any) -> None:
     """Every block: its tiles of the output in turn, each a pipeline over k and an epilogue."""
     layer_ref, packed_ref, x_ref = refs[:3]
-    factors, (out_ref, out_smem, *stand_ins) = refs[3 : 3 + scaled], refs[3 + scaled :]
+    factors, refs = refs[3 : 3 + scaled], refs[3 + scaled :]
+    arrays, (out_ref, out_smem, *stand_ins) = ((), refs) if share is None else (refs[:2], refs[2:])
+    places, stand_ins = ((), stand_ins) if share is None else (stand_ins[:3], stand_ins[3:])
     (m, n), steps = out_ref.shape, pl.cdiv(packed_ref.shape[2], tiles.bytes)
     columns = pl.cdiv(n, tiles.width)
     pipeline = partial(_pipeline, tiles, steps, stand_ins)
@@ -311,18 +316,23 @@ def _kernel(tiles: Tiles, scaled: bool, *refs: Any) -> None:
             # Outputs are the inner axis: packed weights are small and stay in the L2 cache.
             token = lax.div(index, columns) * tiles.tokens
             output = lax.rem(index, columns) * tiles.width
-            epilogue = partial(
-                _epilogue, tiles, bool(stand_ins), token, output, factors, out_ref, out_smem
-            )
+            epilogue = partial(_epilogue, tiles, bool(stand_ins), token, output)
 
             def compute(run: Callable[[Any], Any]) -> None:
+                warpgroup = lax.axis_index("warpgroup")
+                operands = None
+                if share is not None:
+                    own = [ref.at[warpgroup] for ref in places]
+                    operands = mosaic_gpu_share.Operands(*arrays, *own, start=share)
+                    operands.copy(token, output + warpgroup * tiles.outputs)
+
                 @partial(
                     pl.run_scoped,
                     acc_ref=plgpu.WGMMAAccumulatorRef((tiles.outputs, tiles.tokens), jnp.int32),
                 )
                 def _(acc_ref: Any) -> None:
                     run(acc_ref)
-                    epilogue(acc_ref[...])
+                    epilogue(factors, operands, out_ref, out_smem, acc_ref[...])
 
             pipeline(compute)(
                 packed_ref.at[layer, pl.ds(output, tiles.width)],
@@ -405,12 +415,17 @@ def _epilogue(
     token: jax.Array,
     output: jax.Array,
     factors: Sequence[Any],
+    share: Operands | None,
     out_ref: Any,
     out_smem: Any,
     acc: jax.Array,
 ) -> None:
-    """Scales ``acc`` int32 [outputs, tokens] and writes it, transposed."""
+    """Scales ``acc`` int32 [outputs, tokens], adds the share and writes it, transposed."""
     warpgroup, slots = lax.axis_index("warpgroup"), out_smem.shape[1]
+    if share is not None:
+        factor = _of_tokens(factors[0].at[pl.ds(token, tiles.tokens)], acc.shape, interpret)
+        acc = share.add(acc.astype(jnp.float32) * factor, interpret=interpret)
+        factors = ()
     for part in range(tiles.tokens // tiles.store):
         first = part * tiles.store
         tokens = pl.ds(token + first, tiles.store)

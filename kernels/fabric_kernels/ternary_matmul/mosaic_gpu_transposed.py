@@ -24,6 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
+from fabric_kernels.ternary_matmul import mosaic_gpu_share
+from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands, Share
 from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import store_permuted, transposed_codes
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
@@ -43,8 +45,8 @@ RUN = 4
 """Consecutive k of a lane."""
 TILE_ROWS = 8
 """Of a swizzled tile of shared memory; what it is copied from has whole tiles."""
-SHARED_BYTES = 200 << 10
-"""Of the pipeline."""
+SHARED_BYTES = 216 << 10
+"""Of the pipeline, and what adapters add."""
 MOST_STAGES = 8
 MEMORY_REGISTERS, COMPUTE_REGISTERS = 40, 232
 UNIT = -0.5
@@ -52,6 +54,8 @@ UNIT = -0.5
 LEAST_RATIO = 2.0**-60
 """A scale so much smaller than the one before it counts as that: its products are lost in the
 rounding of the sum, and the accumulators stay finite."""
+MOST_RANK = 64
+"""Of what adapters add: their operands take shared memory from the pipeline."""
 DTYPES = (jnp.bfloat16, jnp.float16)
 """Of gradients."""
 
@@ -66,10 +70,10 @@ class Tiles:
 
     tokens: int
 
-    @property
-    def stages(self) -> int:
-        """Steps in shared memory."""
-        return min(MOST_STAGES, SHARED_BYTES // (STEP * (2 * self.tokens + BYTES)))
+    def stages(self, other: int = 0) -> int:
+        """Steps in shared memory, beside ``other`` bytes."""
+        step = STEP * (2 * self.tokens + BYTES)
+        return min(MOST_STAGES, (SHARED_BYTES - other) // step)
 
 
 def choose_tiles(m: int, k: int) -> Tiles:
@@ -97,6 +101,7 @@ def product(
     weights: Sequence[TernaryWeight],
     *,
     tiles: Tiles | None = None,
+    share: Share | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """``sum_i scale_i · (g_i · codes_i)``, [M, K] in the dtype of the gradients.
@@ -107,6 +112,7 @@ def product(
         gradients: [M, N_i], bfloat16 or float16; M is not 0.
         weights: of each, ``ternary2``, of the same K.
         tiles: sizes; chosen where None.
+        share: a low-rank product [M, K] that is added, of a rank up to ``MOST_RANK``.
         interpret: parameters of interpret mode.
     """
     assert takes(gradients, weights), "the caller has looked"
@@ -123,8 +129,19 @@ def product(
         pad = ((0, rows - m), (0, packed.shape[1] - g.shape[1]))
         g = jnp.pad(g, pad) if any(p for _, p in pad) else g
         operands.append((layer, scale, packed, g))
-    call = _call(tiles, shape, dtype, operands, interpret)
-    return call(*jax.tree.leaves(operands)).reshape(shape)[:m, :k]
+    extra: list[jax.Array] = []
+    if share is not None:
+        narrow = jnp.pad(share.narrow, ((0, rows - m), (0, 0)))
+        extra = [narrow, _permuted(share.b)]
+    call = _call(tiles, shape, dtype, operands, extra, interpret)
+    return call(*jax.tree.leaves(operands), *extra).reshape(shape)[:m, :k]
+
+
+def _permuted(a: jax.Array) -> jax.Array:
+    """[R, K] as [R, K'], whole blocks, with k in the order of the rows of accumulators."""
+    a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % WIDTH)))
+    parts = a.reshape(a.shape[0], -1, 4, 8, WARPGROUPS, 2, 2)
+    return parts.transpose(0, 1, 4, 5, 2, 6, 3).reshape(a.shape)
 
 
 def _up(size: int, multiple: int) -> int:
@@ -155,16 +172,22 @@ def _call(
     shape: tuple[int, int],
     dtype: jnp.dtype,
     operands: Sequence[Any],
+    extra: Sequence[jax.Array],
     interpret: Any,
 ) -> Callable[..., jax.Array]:
-    """The kernel as a function of all operands."""
-    (m, k), stages = shape, tiles.stages
+    """The kernel as a function of all operands, and of what is ``extra``: both of a share."""
+    (m, k), other, places = shape, 0, []
+    if extra:
+        sizes = WARPGROUPS, tiles.tokens, ROWS, extra[1].shape[0]
+        places, other = mosaic_gpu_share.scratch(*sizes), mosaic_gpu_share.scratch_bytes(*sizes)
+    stages = tiles.stages(other)
     blocks = pl.cdiv(m, tiles.tokens) * pl.cdiv(k, WIDTH)
     scratch: list[Any] = [
         plgpu.SMEM((stages, STEP, BYTES), jnp.uint8, transforms=_transforms(BYTES, 1)),
         plgpu.SMEM((stages, tiles.tokens, STEP), dtype, transforms=_transforms(2 * STEP, 2)),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        *places,
     ]
     options: dict[str, Any] = {}
     if interpret:
@@ -175,7 +198,7 @@ def _call(
         semantics = plgpu.LoweringSemantics.Warpgroup
         options["compiler_params"] = plgpu.CompilerParams(lowering_semantics=semantics)
     return plgpu.kernel(
-        partial(_kernel, tiles, len(operands)),
+        partial(_kernel, tiles, len(operands), stages, bool(extra)),
         # The runs of a row, as the two warpgroups have them in turn.
         out_type=jax.ShapeDtypeStruct((m, k // (RUN * WARPGROUPS), WARPGROUPS, RUN), dtype),
         scratch_types=scratch,
@@ -209,12 +232,15 @@ class Pipeline:
         return lax.rem(count, jnp.int32(self.stages))
 
 
-def _kernel(tiles: Tiles, matrices: int, *refs: Any) -> None:
+def _kernel(tiles: Tiles, matrices: int, stages: int, shared: bool, *refs: Any) -> None:
     """Every block: its tiles of the output in turn, copied for by one warpgroup."""
     operands = [refs[4 * i : 4 * i + 4] for i in range(matrices)]
-    out_ref, *scratch = refs[4 * matrices :]
-    packed, gradients, full, empty, *stand_ins = scratch
-    pipeline = Pipeline(packed, gradients, full, empty, tiles.stages)
+    refs = refs[4 * matrices :]
+    arrays, (out_ref, packed, gradients, full, empty, *rest) = (
+        (refs[:2], refs[2:]) if shared else ((), refs)
+    )
+    places, stand_ins = (rest[:3], rest[3:]) if shared else ((), rest)
+    pipeline = Pipeline(packed, gradients, full, empty, stages)
     m, columns = out_ref.shape[0], pl.cdiv(out_ref.shape[1] * RUN * WARPGROUPS, WIDTH)
     lengths = [g_ref.shape[1] // STEP for *_, g_ref in operands]
     blocks = pl.cdiv(m, tiles.tokens) * columns
@@ -236,7 +262,11 @@ def _kernel(tiles: Tiles, matrices: int, *refs: Any) -> None:
     def _() -> None:
         if not stand_ins:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        for_tiles(partial(_multiply, tiles, operands, pipeline, out_ref, stand_ins))
+        share = None
+        if shared:
+            own = [ref.at[lax.axis_index("warpgroup")] for ref in places]
+            share = mosaic_gpu_share.Operands(*arrays, *own, start=0)
+        for_tiles(partial(_multiply, tiles, operands, share, pipeline, out_ref, stand_ins))
 
     @pl.when(lax.axis_index("warpgroup") == WARPGROUPS)
     def _() -> None:
@@ -283,6 +313,7 @@ def _copy(
 def _multiply(
     tiles: Tiles,
     operands: Sequence[Any],
+    share: Operands | None,
     pipeline: Pipeline,
     out_ref: Any,
     stand_ins: Sequence[Any],
@@ -290,7 +321,9 @@ def _multiply(
     token: jax.Array,
     column: jax.Array,
 ) -> None:
-    """A tile of the output: its products over all matrices, scaled and stored."""
+    """A tile of the output: its products over all matrices, scaled, the share added, stored."""
+    if share is not None:
+        share.copy(token, column * WIDTH + lax.axis_index("warpgroup") * ROWS)
     acc = jnp.zeros((ROWS, tiles.tokens), jnp.float32)
     if not stand_ins:
         acc = plgpu.layout_cast(acc, plgpu.Layout.WGMMA)
@@ -309,6 +342,8 @@ def _multiply(
             acc = cast("jax.Array", pl.run_state(run)(start))
         count = count + steps
     acc = acc * (unit * UNIT)
+    if share is not None:
+        acc = share.add(acc, interpret=bool(stand_ins))
     _store(out_ref, acc, token, column, interpret=bool(stand_ins))
 
 

@@ -33,7 +33,7 @@ from fabric_kernels.ternary_matmul.triton_kernels import (
     store,
     sum_rows,
 )
-from fabric_kernels.ternary_matmul.triton_quantize import NarrowTile, narrow_products, side_by_side
+from fabric_kernels.ternary_matmul.triton_quantize import NarrowTile, narrow_product, side_by_side
 from fabric_kernels.triton_call import Mode
 
 
@@ -104,7 +104,7 @@ def over_outputs(
 
     Returns:
         Parts of ``sum scale · (g · codes)``, float32 [P, M, k]; and ``scale · g · B^T`` of the
-        adapters side by side, [M, sum R] in g's dtype.
+        adapters side by side, [M, sum of padded ranks] in g's dtype.
     """
     m, dtype = gradients[0].shape[0], gradients[0].dtype
     present = [one for one in adapters if one is not None]
@@ -118,14 +118,14 @@ def over_outputs(
         counts += [n * _tiles(m, matrices[0][0].shape[2], parts.tile) for n in lengths]
         params = parts.tile.params()
     if present:
-        shapes.append(jax.ShapeDtypeStruct((m, sum(ranks)), dtype))
+        shapes.append(jax.ShapeDtypeStruct((m, sum(map(padded_rank, ranks))), dtype))
 
     def kernel(gradients: Any, matrices: Any, b: Any, *outputs: Ref) -> None:
         members = [g for g, one in zip(gradients, adapters, strict=True) if one is not None]
         narrow = side_by_side(outputs[-1], ranks)
         work: list[Any] = []
         for g, out, b_ref, adapter in zip(members, narrow, b, present, strict=True):
-            work.append(partial(narrow_products, g, [(b_ref, out, adapter.scale)], tile))
+            work.append(partial(narrow_product, g, b_ref, out, adapter.scale, tile))
         if parts:
             work += _parts(gradients, matrices, outputs[0], parts, packing, mode)
         run_parts(list(zip(counts, work, strict=True)))

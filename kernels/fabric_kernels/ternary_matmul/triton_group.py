@@ -22,6 +22,7 @@ from fabric_kernels.ternary_matmul.triton_layout import (
     kernels,
     narrow_tile,
     planes_of,
+    power,
     product_tile,
     stack_of,
     sum_tile,
@@ -38,8 +39,8 @@ MAX_RANK = 128
 Weights = tuple[TernaryWeight, ...]
 Adapters = tuple[LowRank | None, ...]
 Narrow = list[jax.Array]
-"""``scale · x · A^T``: of the adapters up to ``MAX_RANK`` side by side, [M, sum R]; then of each of
-the others, [M, R]."""
+"""``scale · x · A^T``: of the adapters up to ``MAX_RANK`` side by side, [M, S], each followed by
+zeros up to a rank that matrix units take; then of each of the others, [M, R]."""
 Pair = tuple[jax.Array, jax.Array]
 
 
@@ -99,7 +100,7 @@ def _quantized(
         return _quantized_by_xla(x, weights, small, layout)
     own = [one for one in small if one is not None]
     scales = [stack_of(w)[1:] for w in weights]
-    tile = narrow_tile(x.shape[0], [one.a.shape[0] for one in own], x.dtype, shared=True)
+    tile = narrow_tile(x.shape[0], [one.a.shape[0] for one in own], x.dtype)
     return group_kernels()[0].quantize(x, own, scales, layout, tile, mode=mode)
 
 
@@ -119,8 +120,7 @@ def _quantized_by_xla(
     else:
         codes = planes_of(codes, weights[0], layout.rows, layout.columns)
     narrow = [narrow_product(x, one) for one in small if one is not None]
-    none = jnp.zeros((x.shape[0], 0), x.dtype)
-    return codes, sums, factors, jnp.concatenate(narrow or [none], axis=1)
+    return codes, sums, factors, _padded(x, narrow)
 
 
 def transposed_group(
@@ -184,7 +184,7 @@ def _transposed(
         terms = [(p[None], factor) for p, factor in zip(products, factors, strict=True)]
     back = None
     if parts or present:
-        tile = narrow_tile(m, [one.b.shape[0] for one in present], dtype, shared=False)
+        tile = narrow_tile(m, [one.b.shape[0] for one in present], dtype)
         matrices = [stack_of(w) for w in weights]
         some, back = module.over_outputs(
             gradients, matrices, small, weights[0].k, parts, tile, packing=packing, mode=mode
@@ -206,6 +206,44 @@ def _transposed(
     order = iter(range(len(present)))
     places = [None if one is None else next(order) for one in small]
     return dx, [None if i is None else (found[0][i], found[1 + i][0]) for i in places]
+
+
+def narrow_gradients(
+    gradients: Sequence[jax.Array], weights: Weights, adapters: Adapters
+) -> jax.Array:
+    """``scale · g · B^T`` of all adapters, none above ``MAX_RANK``: [M, S], as narrow products."""
+
+    def call(gradients: Any, weights: Weights, small: Adapters, *, mode: Mode) -> jax.Array:
+        (m, _), dtype = gradients[0].shape, gradients[0].dtype
+        tile = narrow_tile(m, [one.b.shape[0] for one in small if one is not None], dtype)
+        matrices = [stack_of(w) for w in weights]
+        options: Any = {"packing": weights[0].packing, "mode": mode}
+        module = group_kernels()[1]
+        return module.over_outputs(gradients, matrices, small, 0, None, tile, **options)[1]
+
+    return on_platform(call, tuple(gradients), weights, adapters)
+
+
+def adapter_gradients(
+    x: jax.Array,
+    gradients: Sequence[jax.Array],
+    adapters: Adapters,
+    narrow: jax.Array,
+    back: jax.Array,
+) -> list[Pair | None]:
+    """The gradients of A and B in float32 from both narrow products, x [M, K] and g [M, N] each."""
+
+    def call(x: Any, gradients: Any, small: Adapters, narrow: Any, back: Any, *, mode: Mode) -> Any:
+        pairs: list[Any] = [(_columns(back, small), x)]
+        wide = [g for g, one in zip(gradients, small, strict=True) if one is not None]
+        pairs += [([u], g) for u, g in zip(_columns(narrow, small), wide, strict=True)]
+        tile, dtype = sum_tile(len(x), x.dtype), x.dtype
+        of_a, *of_b = group_kernels()[1].add_up([], pairs, tile, dtype=dtype, mode=mode)[1]
+        return of_a, [one[0] for one in of_b]
+
+    found = on_platform(call, x, tuple(gradients), adapters, narrow, back)
+    pairs = iter(list(zip(*found, strict=True)))
+    return [None if one is None else next(pairs) for one in adapters]
 
 
 def _in_turn(
@@ -262,9 +300,17 @@ def _shares(narrow: Any, small: Adapters, name: str) -> list[Any]:
 
 
 def add_shares(
-    x: jax.Array, outputs: Sequence[jax.Array], adapters: Adapters, narrow: jax.Array
+    x: jax.Array,
+    outputs: Sequence[jax.Array],
+    adapters: Adapters,
+    narrow: jax.Array,
+    *,
+    added: bool = False,
 ) -> tuple[list[jax.Array], Narrow]:
-    """Outputs [M, N] with the adapters' shares in the dtype of ``x``, and all narrow products."""
+    """Outputs [M, N] with the adapters' shares in the dtype of ``x``, and all narrow products.
+
+    ``added`` says that the shares of adapters up to ``MAX_RANK`` are in the outputs already.
+    """
 
     def call(outputs: Any, small: Any, narrow: Any, *, mode: Mode) -> Any:
         shares = _shares(narrow, small, "b")
@@ -278,7 +324,7 @@ def add_shares(
         return [y if s is None else next(added) for y, s in zip(outputs, shares, strict=True)]
 
     small = _small(adapters)
-    if any(one is not None for one in small):
+    if not added and any(one is not None for one in small):
         outputs = on_platform(call, list(outputs), small, narrow)
     return _with_large(x, [y.astype(x.dtype) for y in outputs], adapters, narrow)
 
@@ -301,12 +347,22 @@ def add_by_xla(
     """The same without kernels."""
     small = _small(adapters)
     own = [narrow_product(x, one) for one in small if one is not None]
-    narrow = jnp.concatenate(own or [jnp.zeros((len(x), 0), x.dtype)], axis=1)
+    narrow = _padded(x, own)
     result = [
         y if one is None else y + contract_with(own.pop(0), one.b, 0)
         for y, one in zip(outputs, small, strict=True)
     ]
     return _with_large(x, result, adapters, narrow)
+
+
+def _padded(x: jax.Array, narrow: Sequence[jax.Array]) -> jax.Array:
+    """The narrow products of ``x`` side by side."""
+    ranks = [u.shape[1] for u in narrow]
+    padded = [
+        jnp.pad(u, ((0, 0), (0, power(rank, 16) - rank)))
+        for u, rank in zip(narrow, ranks, strict=True)
+    ]
+    return jnp.concatenate(padded or [jnp.zeros((len(x), 0), x.dtype)], axis=1)
 
 
 def narrow_product(x: jax.Array, adapter: LowRank) -> jax.Array:

@@ -30,7 +30,7 @@ class Columns:
     """Columns of an array: the narrow products of all adapters of a group are one.
 
     Attributes:
-        values: floats [M, S].
+        values: floats [M, S]; zeros from a rank to the next that matrix units take.
         start: the first column.
         count: of them, the rank of an adapter.
     """
@@ -46,15 +46,22 @@ class Columns:
         """
         m, rank = self.values.shape[0], padded_rank(self.count)
         at = self.values.at[pl.ds(row, rows), pl.ds(jnp.int32(self.start), rank)]
-        if rank == self.count and m % rows == 0 and within <= m:
+        if m % rows == 0 and within <= m:
             return plgpu.load(at)
-        mask = inside(self.values, (rows, rank), row, self.start, self.start + self.count)
+        mask = inside(self.values, (rows, rank), row, self.start)
         return plgpu.load(at, mask=mask, other=jnp.zeros((), self.values.dtype))
 
     def store(self, value: jax.Array, row: Any) -> None:
-        """Rows of them, from columns that may be padded."""
-        limit = None if value.shape[1] == self.count else self.start + self.count
-        store(self.values, value.astype(self.values.dtype), row, jnp.int32(self.start), limit)
+        """Rows of them, with the zeros that follow."""
+        m = self.values.shape[0]
+        value = value.astype(self.values.dtype)
+        at = self.values.at[
+            pl.ds(row, value.shape[0]), pl.ds(jnp.int32(self.start), value.shape[1])
+        ]
+        mask = None
+        if m % value.shape[0]:
+            mask = inside(self.values, value.shape, row, self.start)
+        plgpu.store(at, value, mask=mask)
 
 
 Share = tuple[Columns, jax.Array]

@@ -141,15 +141,13 @@ def transposed_parts(m: int, outputs: list[int], width: int, dtype: jnp.dtype) -
     return group_kernels()[1].Parts(tile, length)
 
 
-def narrow_tile(m: int, ranks: list[int], dtype: jnp.dtype, *, shared: bool) -> "NarrowTile":
-    """Of products with a small number of columns: ``ranks``, padded; of one input if ``shared``."""
+def narrow_tile(m: int, ranks: list[int], dtype: jnp.dtype) -> "NarrowTile":
+    """Of products with a small number of columns, ``ranks``, one adapter to a program."""
     rows = 16 if m < 2048 else 64
-    together = shared and m >= 2048
-    rank = max(ranks, default=16) if not together else sum(ranks)
     # Bytes of a stage for each of k: A may be float32.
-    each = 4 * rank + dtype.itemsize * rows
+    each = 4 * max(ranks, default=16) + dtype.itemsize * rows
     k = next((k for k in (256, 128, 64) if k * each <= NARROW_STAGE_BYTES), 32)
-    return group_kernels()[0].NarrowTile(rows, k, together)
+    return group_kernels()[0].NarrowTile(rows, k)
 
 
 def sum_tile(m: int, dtype: jnp.dtype) -> "SumTile":

@@ -80,13 +80,11 @@ class NarrowTile:
     Attributes:
         m: tokens.
         k: of the sums, at a time.
-        together: whether adapters of the same input share a program, which then reads it once.
         stages: of the pipeline of loads.
     """
 
     m: int
     k: int
-    together: bool = False
     stages: int = 3
 
 
@@ -111,36 +109,35 @@ def quantize(
 
     Returns:
         Codes int8 in ``layout``; their sums int32 [rows]; for each matrix what multiplies a token
-        of its product, float32 [rows]; and the narrow products side by side, [M, sum R] in x's
-        dtype.
+        of its product, float32 [rows]; and the narrow products side by side, [M, sum of padded
+        ranks] in x's dtype, zeros between them.
     """
     m = x.shape[0]
     blocks = pl.cdiv(m, tile.m)
     block = 1 << (layout.written - 1).bit_length()
     count, many = len(scales), len(adapters)
-    parts = [range(many)] if tile.together and many else [range(i, i + 1) for i in range(many)]
 
     def kernel(x: Ref, a: Any, scales: Any, *outputs: Ref) -> None:
         codes, sums, *factors = outputs[: 2 + count]
         narrow = side_by_side(outputs[-1], [a_ref.shape[0] for a_ref in a])
-        turns = tile.m + len(parts)
+        turns = tile.m + many
         at, turn = lax.div(pl.program_id(0), turns), lax.rem(pl.program_id(0), turns)
-        for i, part in enumerate(parts):
-            members = [(a[j], narrow[j], adapters[j].scale) for j in part]
-            pl.when(turn == i)(partial(narrow_products, x, members, tile, at))
-        token = at * tile.m + turn - len(parts)
-        pl.when((turn >= len(parts)) & (token < m))(
+        for i in range(many):
+            own = a[i], narrow[i], adapters[i].scale
+            pl.when(turn == i)(partial(narrow_product, x, *own, tile, at))
+        token = at * tile.m + turn - many
+        pl.when((turn >= many) & (token < m))(
             partial(_quantize_row, x, scales, codes, sums, factors, layout, block, mode, token)
         )
 
     shapes = [(layout.shape, jnp.int8), ((layout.rows,), jnp.int32)]
     shapes += [((layout.rows,), jnp.float32)] * count
-    ranks = sum(one.a.shape[0] for one in adapters)
+    ranks = sum(padded_rank(one.a.shape[0]) for one in adapters)
     shapes += [((m, ranks), x.dtype)] if ranks else []
     codes, sums, *rest = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
-        grid=(blocks * (tile.m + len(parts)),),
+        grid=(blocks * (tile.m + many),),
         compiler_params=plgpu.CompilerParams(
             num_warps=4 if block <= 4096 else 8, num_stages=tile.stages
         ),
@@ -151,29 +148,23 @@ def quantize(
 
 
 def side_by_side(values: Any, ranks: Sequence[int]) -> list[Columns]:
-    """The narrow product of each adapter in the array of all."""
-    return [Columns(values, sum(ranks[:i]), rank) for i, rank in enumerate(ranks)]
+    """The narrow product of each adapter in the array of all, padded ranks one after another."""
+    return [Columns(values, sum(map(padded_rank, ranks[:i])), rank) for i, rank in enumerate(ranks)]
 
 
-def narrow_products(
-    x: Ref, members: Sequence[tuple[Ref, Columns, float]], tile: NarrowTile, block: jax.Array
+def narrow_product(
+    x: Ref, a: Ref, out: Columns, scale: float, tile: NarrowTile, block: jax.Array
 ) -> None:
-    """``scale · x[M, K] · a[R, K]^T`` for (a, out, scale) of a block of tokens."""
-    ranks = [padded_rank(a.shape[0]) for a, _, _ in members]
-    row = block * tile.m
+    """``scale · x[M, K] · a[R, K]^T`` of a block of tokens."""
+    row, rank = block * tile.m, padded_rank(a.shape[0])
 
-    def step(i: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
+    def step(i: jax.Array, total: jax.Array) -> jax.Array:
         at = i * tile.k
         part = load(x, (row, at), (tile.m, tile.k))
-        return [
-            total + contract(part, load(a, (0, at), (rank, tile.k)).astype(x.dtype), (1, 1))
-            for total, (a, _, _), rank in zip(totals, members, ranks, strict=True)
-        ]
+        return total + contract(part, load(a, (0, at), (rank, tile.k)).astype(x.dtype), (1, 1))
 
-    zero = [jnp.zeros((tile.m, rank), jnp.float32) for rank in ranks]
-    totals = lax.fori_loop(0, pl.cdiv(x.shape[1], tile.k), step, zero)
-    for total, (_, out, scale) in zip(totals, members, strict=True):
-        out.store(total * scale, row)
+    zero = jnp.zeros((tile.m, rank), jnp.float32)
+    out.store(lax.fori_loop(0, pl.cdiv(x.shape[1], tile.k), step, zero) * scale, row)
 
 
 def _quantize_row(
