@@ -53,6 +53,11 @@ def few_tokens_and_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_group, "sum_tile", lambda *_: kind(tokens=16, most=32))
 
 
+def many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow products of a group in one, beside the quantiser."""
+    monkeypatch.setattr(triton_group, "MANY_TOKENS", 1)
+
+
 def a_launch_for_each_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_layout, "MULTIPROCESSORS", 1)
 
@@ -71,6 +76,21 @@ def nothing(_: pytest.MonkeyPatch) -> None:
         (
             Problem(n=(150, 9), k=70, leading=(4, 10), ranks=(3, 5), packing="ternary1.6"),
             few_tokens_and_several_parts,
+        ),
+        (
+            Problem(n=(12, 30), k=75, leading=(20,), ranks=(2, 17), dtype="bfloat16"),
+            many_tokens,
+        ),
+        (
+            Problem(
+                n=(9, 14),
+                k=64,
+                leading=(32,),
+                ranks=(16, None),
+                packing="ternary1.6",
+                dtype="bfloat16",
+            ),
+            many_tokens,
         ),
         (
             Problem(
