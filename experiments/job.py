@@ -24,7 +24,8 @@ class StepConfig:
             float32 adapters and moments. ``ours`` recomputes layers, updates them within the
             backward pass and has a tile of logits at a time; activations are bfloat16 on
             accelerators, float32 on CPU. ``smallest`` is that with int8 embedding and moments.
-            ``fast`` keeps everything, with a tile of logits at a time.
+            ``fast`` keeps everything, with a tile of logits at a time; on a CUDA device layers are
+            written out one after another.
         rows: in a batch.
         length: positions in a row.
         rank: of LoRA on all linears.
@@ -104,7 +105,12 @@ class Built:
         )
 
 
-def build(config: Any) -> Built:
+def unrolls(cell: StepConfig) -> bool:
+    """Whether layers are written out: a loop copies what it keeps, launch by launch."""
+    return cell.recipe == "fast" and current_platform() == "cuda"
+
+
+def build(config: Any, *, unroll: bool = False) -> Built:
     """The decoder, optimizer and step of a ``MemoryConfig``."""
     from fabric_jax.checkpoints.loading import weights_form
     from fabric_jax.models.decoder import DecoderOptions, define_decoder
@@ -123,6 +129,7 @@ def build(config: Any) -> Built:
         remat=config.remat,
         lora=config.lora,
         embedding_dtype=None if config.embedding_dtype == "same" else config.embedding_dtype,
+        unroll=unroll,
     )
     definition = define_decoder(model, options)
     optimizer = make_optimizer(config.optimizer, STEPS_OF_SCHEDULE, freeze_a=config.lora.freeze_a)
