@@ -46,6 +46,7 @@ from fabric_jax.training.recipes import recipe_optimizer
 from fabric_jax.training.step import init_state, make_train_step
 
 VARIANTS: dict[str, SteOptions] = {
+    "ternary-packed": SteOptions(product="packed"),
     "ternary-int8": SteOptions(product="int8"),
     "dense": SteOptions(weights="none"),
     "ternary-float": SteOptions(),
@@ -69,6 +70,7 @@ class Settings:
         remat: what the backward pass recomputes.
         attention: cuDNN's without a mask, which is what PyTorch runs too; auto on CPU.
         tile_mib: logits that exist at once.
+        round_logits: to bfloat16, as PyTorch's autocast does; losses are float32 from there.
         unroll: layers one after another instead of a loop.
         peak_tflops: of the device, dense bfloat16; 989 for H100 and H200 SXM by data sheet.
     """
@@ -83,6 +85,7 @@ class Settings:
     remat: Remat = "none"
     attention: AttentionChoice = "cudnn-causal"
     tile_mib: int = 512
+    round_logits: bool = False
     unroll: bool = True
     peak_tflops: float = 989.0
 
@@ -111,6 +114,7 @@ def decoder_options(variant: str, settings: Settings) -> DecoderOptions:
         ste=ste,
         attention=settings.attention,
         loss_tile_bytes=settings.tile_mib << 20,
+        round_logits=settings.round_logits,
         unroll=settings.unroll,
     )
 

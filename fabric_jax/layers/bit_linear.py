@@ -40,6 +40,7 @@ from fabric_jax.parallel.linears import Plan, partitioned_linears
 from fabric_jax.parallel.masters import gather_parts, quantize_parts
 from fabric_jax.parallel.mesh import MeshShape
 from fabric_jax.quantization.absmax import ActQuant
+from fabric_jax.quantization.master_group import packed_masters
 from fabric_jax.quantization.master_linear import master_linear
 from fabric_jax.quantization.packed_linear import packed_linears
 from fabric_jax.quantization.ste_options import SteOptions
@@ -197,8 +198,7 @@ class BitLinear(nnx.Module):
             return frozen_matmul(x, self.frozen(context))
         if options.mode == "float":
             return linear(x, self.weight[...])
-        key = _key(context)
-        key = None if key is None else jax.random.fold_in(key, self.stream)
+        key = self.own_key(context)
         strength = None if context is None else context.strength
         weight = self.weight[...]
         if self.cut != Cut():
@@ -215,6 +215,11 @@ class BitLinear(nnx.Module):
             key=key,
             strength=strength,
         )
+
+    def own_key(self, context: LayerContext | None) -> jax.Array | None:
+        """Random numbers of this linear in this layer; None where nothing is random."""
+        key = _key(context)
+        return None if key is None else jax.random.fold_in(key, self.stream)
 
     def product(self, context: LayerContext | None) -> LowRank | None:
         """The adapter as arrays; None where there is none, it drops channels, or rows differ."""
@@ -262,8 +267,8 @@ def takes_prologue(
 ) -> bool:
     """Whether nothing but the linears' quantiser reads their input, nor is anything kept."""
     options = linears[0].options
-    quantized = options.mode == "packed" and options.act_quant == "per_token"
-    quantized = quantized and options.sides is None
+    packed = options.mode == "packed" or packs_masters(linears, context)
+    quantized = packed and options.act_quant == "per_token" and options.sides is None
     kept = isinstance(x, Twin) or (context is not None and context.int8_residuals)
     whole = all(one.cut == Cut() for one in linears)
     return quantized and whole and not kept and all(one.lora is None for one in linears)
@@ -310,12 +315,46 @@ def apply_together(
             gradient_bits=options.gradient_bits,
         )
     else:
-        bases = [joined(on_both(one.unpacked, x, context)) for one in linears]
+        bases = _unpacked_together(linears, x, context, prologue)
+        if residual is not None:
+            bases = [exact_form(residual) + bases[0]]
         outputs = [
             y if adapter is None else y + joined(on_both(low_rank_product, x, adapter))
             for y, adapter in zip(bases, products, strict=True)
         ]
     return [one.finish(x, y, context) for one, y in zip(linears, outputs, strict=True)]
+
+
+def packs_masters(linears: Sequence[BitLinear], context: LayerContext | None) -> bool:
+    """Whether masters are packed in every forward pass, which is what their variant asks for."""
+    options = linears[0].options
+    asked = options.mode == "master" and options.ste.product == "packed"
+    whole = context is None or (context.strength is None and not context.int8_residuals)
+    cut = any(one.cut != Cut() for one in linears)
+    return asked and whole and options.act_quant == "per_token" and not cut
+
+
+def _unpacked_together(
+    linears: Sequence[BitLinear],
+    x: jax.Array | Twin,
+    context: LayerContext | None,
+    prologue: Prologue | None,
+) -> Sequence[jax.Array]:
+    """The base's share of each output; only in the modes other than ``packed``."""
+    if isinstance(x, Twin) or not packs_masters(linears, context):
+        assert prologue is None, "takes_prologue has said so"
+        return [joined(on_both(one.unpacked, x, context)) for one in linears]
+    options = linears[0].options
+    return packed_masters(
+        x,
+        [one.weight[...] for one in linears],
+        prologue=prologue,
+        name=linears[0].name,
+        ste=options.ste,
+        keys=[one.own_key(context) for one in linears],
+        implementation=options.implementation,
+        gradient_bits=options.gradient_bits,
+    )
 
 
 def _key(context: LayerContext | None) -> jax.Array | None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from fabric_kernels import BlockTable, table_matmul, table_matmul_transposed
 from fabric_kernels.block_quantization import no_gradient
+from fabric_kernels.cross_entropy import Implementation, logits_gradient
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -32,6 +33,8 @@ class _How(NamedTuple):
     z_loss: float
     tile_bytes: int
     whole: bool
+    rounded: bool
+    implementation: Implementation | None
 
 
 def tiled_cross_entropy(
@@ -43,6 +46,8 @@ def tiled_cross_entropy(
     train_head: bool = False,
     z_loss: float = 0.0,
     tile_bytes: int = LOGITS_TILE_BYTES,
+    round_logits: bool = False,
+    implementation: Implementation | None = None,
 ) -> Float32[Array, ""]:
     """``sum_i weights_i · (logsumexp(z_i) - z_i[targets_i])`` with ``z = hidden · head^T``.
 
@@ -56,6 +61,12 @@ def tiled_cross_entropy(
     ``z_loss`` adds ``z_loss · logsumexp(z_i)²`` to each loss (PaLM, Chowdhery et al. 2022,
     arXiv:2204.02311, section 5).
 
+    ``round_logits`` rounds logits to the dtype of ``hidden``, as a linear layer of that dtype does:
+    half the memory traffic of a large vocabulary, and an error of a logit of at most 2^-8 of its
+    size in bfloat16. Everything after it is float32. It needs a head of floats and large tiles.
+
+    ``implementation`` says what makes gradients of logits (``fabric_kernels.cross_entropy``).
+
     Raises:
         FabricError: the head to be trained is a table of integers.
     """
@@ -64,7 +75,14 @@ def tiled_cross_entropy(
             f"a head of int{head.bits} codes can't be trained",
             fix="Store embedding and head as float32 or bfloat16",
         )
-    how = _How(train_head, z_loss, tile_bytes, _at_once(hidden, head, tile_bytes))
+    if round_logits and (isinstance(head, BlockTable) or tile_bytes <= LOGITS_TILE_BYTES):
+        raise FabricError(
+            "logits are rounded in large tiles, of a head of floats",
+            expected=f"loss_tile_bytes above {LOGITS_TILE_BYTES}",
+            found=f"loss_tile_bytes {tile_bytes}, head {type(head).__name__}",
+        )
+    whole = _at_once(hidden, head, tile_bytes)
+    how = _How(train_head, z_loss, tile_bytes, whole, round_logits, implementation)
     return _loss(how, hidden, head, targets, weights)
 
 
@@ -84,8 +102,7 @@ def _loss(
         total: jax.Array, tile: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
         logits = _logits(how, tile[0], multiplied, head.shape[0])
-        normaliser = _normalised(logits)[2]
-        return total + _tile_loss(logits, normaliser, *tile[1:], how.z_loss), None
+        return total + _tile_loss(how, logits.astype(jnp.float32), *tile[1:]), None
 
     tiles = _tiles(how, hidden, targets, weights, head.shape[0])
     return lax.scan(add, jnp.float32(0), tiles)[0]
@@ -102,14 +119,10 @@ def _loss_fwd(
         total, d_head = carry
         x, y, w = tile
         logits = _logits(how, x, multiplied, head.shape[0])
-        # Largest logit and sum are for both, loss and gradient: a tile is read no oftener.
-        exponentials, sums, normaliser = _normalised(logits)
-        total = total + _tile_loss(logits, normaliser, y, w, how.z_loss)
-        shares = exponentials / sums[:, None]
-        if how.z_loss:
-            shares = shares * (1 + 2 * how.z_loss * normaliser[:, None])
-        d_logits = shares - jax.nn.one_hot(y, logits.shape[1])
-        d_logits = (d_logits * w[:, None]).astype(x.dtype)
+        losses, d_logits = logits_gradient(
+            logits, y, w, x.dtype, z_loss=how.z_loss, implementation=how.implementation
+        )
+        total = total + jnp.sum(losses)
         if train_head:
             d_head = d_head + linear(d_logits.T, x.T, jnp.float32)
         return (total, d_head), _transposed(how, d_logits, multiplied).astype(x.dtype)
@@ -162,14 +175,20 @@ def _at_once(hidden: jax.Array, head: _Head, tile_bytes: int) -> bool:
 
 
 def _logits(how: _How, x: jax.Array, head: _Head, size: int) -> jax.Array:
-    """Float32 [tile, V]; those of rows past ``size`` are minus infinity."""
+    """[tile, V] in float32 unless rounded; those of rows past ``size`` are minus infinity."""
     if not how.whole or isinstance(head, BlockTable):
         return table_matmul(x, head)
-    logits = linear(x, head, jnp.float32)
+    if how.rounded:
+        # Asked for in that dtype: what is rounded after a product may be written before.
+        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        numbers = (((1,), (1,)), ((), ()))
+        logits = lax.dot_general(x, head, numbers, precision, preferred_element_type=x.dtype)
+    else:
+        logits = linear(x, head, jnp.float32)
     if head.shape[0] == size:
         return logits
     rows = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.where(rows < size, logits, -jnp.inf)
+    return jnp.where(rows < size, logits, jnp.array(-jnp.inf, logits.dtype))
 
 
 def _transposed(how: _How, d_logits: jax.Array, head: _Head) -> jax.Array:
@@ -178,25 +197,11 @@ def _transposed(how: _How, d_logits: jax.Array, head: _Head) -> jax.Array:
     return table_matmul_transposed(d_logits, head)
 
 
-def _normalised(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``exp(z - max z)`` [tile, V], its sums [tile], and ``logsumexp(z)`` [tile]."""
-    largest = jnp.max(logits, axis=-1)
-    exponentials = jnp.exp(logits - largest[:, None])
-    sums = jnp.sum(exponentials, axis=-1)
-    return exponentials, sums, largest + jnp.log(sums)
-
-
-def _tile_loss(
-    logits: jax.Array,
-    normaliser: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    z_loss: float,
-) -> jax.Array:
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    losses = normaliser - chosen
-    if z_loss:
-        losses = losses + z_loss * jnp.square(normaliser)
+def _tile_loss(how: _How, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    losses = normaliser - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    if how.z_loss:
+        losses = losses + how.z_loss * jnp.square(normaliser)
     return jnp.sum(weights * losses)
 
 

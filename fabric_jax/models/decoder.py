@@ -79,6 +79,8 @@ class DecoderOptions:
         norm_dtype: of the gains of norms as they are stored; None for ``dtype``.
         ste: what master weights and their inputs go through.
         loss_tile_bytes: float32 logits that exist at once; accelerators want large tiles.
+        round_logits: round the logits of losses to ``dtype``, see ``layers.cross_entropy``; for
+            large tiles.
         sides: what runs norms, gates and attention; None: what goes with ``implementation``. Named,
             the products alone differ between implementations, and their exact sums are comparable.
         attention: ``auto``: ours; or cuDNN's flash attention, for half precision on NVIDIA GPUs:
@@ -105,6 +107,7 @@ class DecoderOptions:
     norm_dtype: DTypeLike | None = None
     ste: SteOptions = field(default_factory=SteOptions)
     loss_tile_bytes: int = LOGITS_TILE_BYTES
+    round_logits: bool = False
     attention: AttentionChoice = "auto"
     sides: SideImplementation | None = None
     unroll: bool = False
@@ -236,6 +239,7 @@ class Decoder(nnx.Module):
         self.remat: Remat = options.remat
         self.frozen_linears = options.frozen
         self.loss_tile_bytes = options.loss_tile_bytes
+        self.round_logits = options.round_logits
         self.unroll = options.unroll
         self.whole_step = options.whole_step
         self.attention_choice: AttentionChoice = options.attention
@@ -307,6 +311,7 @@ class Decoder(nnx.Module):
             train_head=train_head,
             z_loss=z_loss,
             tile_bytes=self.loss_tile_bytes,
+            round_logits=self.round_logits,
         )
 
     def head_weight(self) -> Float[Array, "V D"] | BlockTable:

@@ -50,8 +50,7 @@ def master_linear(
             1, and exactly ``q(v)`` from there (the warm-up of HF1BitLLM's conversions). None for 1.
     """
     ste = ste or SteOptions()
-    if ste.hadamard and name in CLOSING:
-        x = hadamard_transform(x)
+    x = turned_input(x, name, ste)
     if ste.weights == "none":
         return _plain(x, weight)
     codes_only = act_quant == "per_token" and ste.weight_scale != "group"
@@ -65,6 +64,13 @@ def master_linear(
         return whole(x, weight)
     mixed = partial(_mixed, name=name, act_quant=act_quant, ste=ste, key=key, strength=strength)
     return lax.cond(strength >= 1, whole, mixed, x, weight)
+
+
+def turned_input(
+    x: Float[Array, "*batch k"], name: str, ste: SteOptions
+) -> Float[Array, "*batch k"]:
+    """What is quantised: the Hadamard transform of ``x`` where the variant says so."""
+    return hadamard_transform(x) if ste.hadamard and name in CLOSING else x
 
 
 def weight_codes(
@@ -131,7 +137,7 @@ def _largest_share(x: jax.Array, share: float) -> jax.Array:
     return jnp.where(size >= threshold, x, jnp.zeros((), x.dtype))
 
 
-_How = tuple[Literal["float", "int8"], bool]
+_How = tuple[Literal["float", "int8", "packed"], bool]
 _Codes = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -144,7 +150,7 @@ def _of_codes(
     stopped = lax.stop_gradient((rows, weight))
     x_codes, x_scale = activation_codes(stopped[0], name, ste)
     w_codes, w_scale = weight_codes(stopped[1], ste, key)
-    dtype = jnp.int8 if ste.product == "int8" else x.dtype
+    dtype = x.dtype if ste.product == "float" else jnp.int8
     codes = (x_codes.astype(dtype), x_scale, w_codes.astype(dtype), w_scale)
     how: _How = (ste.product, ste.weight_gradient == "clipped")
     y = cast(jax.Array, _product(how, rows, weight, codes))
@@ -156,7 +162,7 @@ def _product(how: _How, x: jax.Array, weight: jax.Array, codes: _Codes) -> jax.A
     """The scaled product [m, n] of codes; ``x`` [m, k] and ``weight`` are there for gradients."""
     del weight
     x_codes, x_scale, w_codes, w_scale = codes
-    sums = _dot(x_codes, w_codes, 1, jnp.int32 if how[0] == "int8" else jnp.float32)
+    sums = _dot(x_codes, w_codes, 1, jnp.float32 if how[0] == "float" else jnp.int32)
     return scale_sums(sums, x_scale, w_scale.T).astype(x.dtype)
 
 
@@ -182,7 +188,7 @@ def _product_bwd(
         dx = _dot(g, w_codes.astype(g.dtype), 0, jnp.float32) * w_scale
     dx = dx.astype(like.dtype)
     values = (x_codes.astype(jnp.float32) / x_scale).astype(like.dtype)
-    dw = _general(g, values, (((0,), (0,)), ((), ())), jnp.float32)
+    dw = general_dot(g, values, (((0,), (0,)), ((), ())), jnp.float32)
     if weight is not None:
         dw = jnp.where(jnp.abs(weight) <= w_scale, dw, 0.0)
     return dx, dw, None
@@ -244,14 +250,15 @@ def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 def _dot(x: jax.Array, weight: jax.Array, axis: int, dtype: jnp.dtype | type) -> jax.Array:
     """The last axis of ``x`` against one of the matrix."""
-    return _general(x, weight, (((x.ndim - 1,), (axis,)), ((), ())), dtype)
+    return general_dot(x, weight, (((x.ndim - 1,), (axis,)), ((), ())), dtype)
 
 
-def _general(
+def general_dot(
     left: jax.Array,
     right: jax.Array,
     numbers: lax.DotDimensionNumbers,
     dtype: jnp.dtype | type,
 ) -> jax.Array:
+    """A product summed in ``dtype``; float32 operands are not rounded to TF32 or bfloat16."""
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     return lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=dtype)

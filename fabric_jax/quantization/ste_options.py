@@ -32,7 +32,11 @@ class SteOptions:
         hadamard: rotate the inputs of o and down before their quantiser (BitNet v2, Wang et al.
             2025, arXiv:2504.18415).
         product: how codes are multiplied, with the same results to the last bit: ``float`` (in the
-            dtype of activations, summed in float32, exact for sums below 2^24) or ``int8``.
+            dtype of activations, summed in float32, exact for sums below 2^24), ``int8``, or
+            ``packed``: weights are packed to two bits in every forward pass, and multiplied by
+            what multiplies packed weights on the device (``DecoderOptions.implementation``), both
+            ways; as ``int8`` where weights are cut along a mesh, while a run is quantised ever
+            more, and under ``remat int8-residuals``.
     """
 
     weights: Literal["ternary", "none"] = "ternary"
@@ -41,7 +45,7 @@ class SteOptions:
     weight_rounding: Literal["nearest", "stochastic"] = "nearest"
     activations: Literal["int8", "int4-hybrid"] = "int8"
     hadamard: bool = False
-    product: Literal["float", "int8"] = "float"
+    product: Literal["float", "int8", "packed"] = "float"
 
     def __post_init__(self) -> None:
         """Refuses combinations that mean nothing."""
@@ -52,6 +56,12 @@ class SteOptions:
                 "weights that are not quantised have no variants of their quantiser",
                 expected="weights ternary",
                 found="weights none",
+            )
+        if self.product == "packed" and self.weight_scale != "tensor":
+            raise FabricError(
+                "packed weights have one scale a matrix",
+                expected="weight_scale tensor with product packed",
+                found=f"weight_scale {self.weight_scale}",
             )
 
     @property

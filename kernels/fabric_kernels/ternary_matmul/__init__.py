@@ -10,7 +10,11 @@ from fabric_kernels.ternary_matmul.api import ternary_matmul as ternary_matmul
 from fabric_kernels.ternary_matmul.api import (
     ternary_matmul_transposed as ternary_matmul_transposed,
 )
+from fabric_kernels.ternary_matmul.of_codes import (
+    ternary_linear_of_codes as ternary_linear_of_codes,
+)
 from fabric_kernels.ternary_matmul.prologue import Prologue as Prologue
+from fabric_kernels.ternary_matmul.prologue import apply_prologue as apply_prologue
 from fabric_kernels.ternary_matmul.select import Implementation as Implementation
 from fabric_kernels.ternary_matmul.select import SideImplementation as SideImplementation
 from fabric_kernels.ternary_matmul.select import resolve as resolve

@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from fabric_kernels.absmax import scale_sums
 from fabric_kernels.low_rank import LowRank
 from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
 from fabric_kernels.ternary_matmul import mosaic_gpu_share, mosaic_gpu_transposed, triton, xla
@@ -57,6 +58,23 @@ def matmul(x: jax.Array, weight: TernaryWeight, *, interpret: Any = None) -> jax
     rows = x.reshape(-1, weight.k)
     y = _product(rows, weight, None, jnp.dtype(jnp.int32), interpret=interpret)
     return y.reshape(*x.shape[:-1], weight.n)
+
+
+def scaled(
+    codes: jax.Array,
+    act_scale: jax.Array,
+    weight: TernaryWeight,
+    dtype: jnp.dtype,
+    *,
+    interpret: Any = None,
+) -> jax.Array:
+    """``scale · (codes[..., k] · weight^T) / act_scale[..., 1]`` in ``dtype``, rounded once."""
+    if codes.size == 0 or dtype not in (jnp.bfloat16, jnp.float32):
+        return scale_sums(matmul(codes, weight), act_scale, weight.single().scale).astype(dtype)
+    rows = codes.reshape(-1, weight.k)
+    factor = ((1.0 / act_scale) * weight.single().scale).reshape(-1)
+    y = _product(rows, weight, factor, dtype, interpret=interpret)
+    return y.reshape(*codes.shape[:-1], weight.n)
 
 
 def linear(

@@ -184,18 +184,18 @@ def _quantize_row(
     other = None if k == block else jnp.zeros((), x.dtype)
     row = plgpu.load(x.at[token, at], mask=inside, other=other).astype(jnp.float32)
     largest = jnp.maximum(jnp.max(jnp.abs(row)), EPSILON)
-    scale = _reciprocal(largest, mode) * 127.0
-    values = jnp.clip(_round_product(row, scale, mode), -128, 127)
+    scale = reciprocal(largest, mode) * 127.0
+    values = jnp.clip(round_product(row, scale, mode), -128, 127)
     sums[token] = jnp.sum(values)
     # The largest of a row leaves out what is not a number: it becomes visible here.
-    factor = _reciprocal(scale, mode) + jnp.sum(row * 0.0)
+    factor = reciprocal(scale, mode) + jnp.sum(row * 0.0)
     for out, (of_matrix, layer) in zip(factors, scales, strict=True):
         out[token] = factor * scale_at(of_matrix, layer[0])
     mask = None if layout.written == block else at < layout.written
     plgpu.store(codes.at[*layout.index(token, at)], values.astype(jnp.int8), mask=mask)
 
 
-def _reciprocal(x: jax.Array, mode: Mode) -> jax.Array:
+def reciprocal(x: jax.Array, mode: Mode) -> jax.Array:
     """1/x, correctly rounded: Triton's own division isn't."""
     if mode != "cuda":
         return 1.0 / x
@@ -210,7 +210,7 @@ def _reciprocal(x: jax.Array, mode: Mode) -> jax.Array:
     return jnp.max(vector)
 
 
-def _round_product(x: jax.Array, scale: jax.Array, mode: Mode) -> jax.Array:
+def round_product(x: jax.Array, scale: jax.Array, mode: Mode) -> jax.Array:
     """``rint(x · scale)`` as int32, each step rounded by itself; 0 for what is not a number."""
     if mode != "cuda":
         product = x * scale

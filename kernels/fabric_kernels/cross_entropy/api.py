@@ -1,0 +1,73 @@
+"""The loss of each row of logits and its gradient by them, in as few passes as there can be."""
+
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fabric_kernels.triton_call import on_platform
+
+Implementation = Literal["xla", "triton"]
+
+
+def logits_gradient(
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    dtype: DTypeLike,
+    *,
+    z_loss: float = 0.0,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """``weights · (lse - z[target] + z_loss · lse²)`` and its gradient by ``z``; float32 inside.
+
+    Args:
+        logits: z, floats [M, V].
+        targets: int32 [M].
+        weights: float32 [M].
+        dtype: of the gradient.
+        z_loss: weight of the squared ``lse = logsumexp(z)``.
+        implementation: ``triton`` reads each row from memory once and is for GPUs, ``xla`` takes
+            three passes; None picks. A named one runs or raises.
+
+    Returns:
+        Losses float32 [M], and [M, V] in ``dtype``.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if implementation is None:
+        implementation = "triton" if jax.default_backend() == "gpu" else "xla"
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"logits_gradient has the implementations {', '.join(get_args(Implementation))}; "
+            f"found {implementation!r}"
+        )
+    if implementation == "xla":
+        return _by_xla(logits, targets, weights, dtype, z_loss)
+    # Imported when it is first asked for: Pallas Triton is deprecated.
+    from fabric_kernels.cross_entropy import triton
+
+    call = partial(triton.logits_gradient, z_loss, jnp.dtype(dtype))
+    losses, gradient = on_platform(call, logits, targets, weights)
+    return losses, gradient
+
+
+def _by_xla(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array, dtype: DTypeLike, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    logits = logits.astype(jnp.float32)
+    largest = jnp.max(logits, axis=-1)
+    # Largest logit and sum are for both, loss and gradient: a tile is read no oftener.
+    exponentials = jnp.exp(logits - largest[:, None])
+    sums = jnp.sum(exponentials, axis=-1)
+    normaliser = largest + jnp.log(sums)
+    losses = normaliser - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    shares = exponentials / sums[:, None]
+    if z_loss:
+        losses = losses + z_loss * jnp.square(normaliser)
+        shares = shares * (1 + 2 * z_loss * normaliser[:, None])
+    gradient = shares - jax.nn.one_hot(targets, logits.shape[-1])
+    return weights * losses, (gradient * weights[:, None]).astype(dtype)

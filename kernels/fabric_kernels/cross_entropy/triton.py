@@ -1,0 +1,81 @@
+"""A row of logits a program (Triton): its largest and sum while it is read, then its gradient.
+
+What is read the second time lies in a cache: the rows of all programs that run at once do.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from fabric_kernels.triton_call import Mode
+
+BLOCK = 8192
+"""Logits of a row at a time."""
+WARPS = 16
+
+
+def logits_gradient(
+    z_loss: float,
+    dtype: jnp.dtype,
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    mode: Mode,
+) -> tuple[jax.Array, jax.Array]:
+    """As ``api.logits_gradient``; a gradient of the dtype of the logits takes their place."""
+    m, v = logits.shape
+    block = min(BLOCK, 1 << (v - 1).bit_length())
+    steps = pl.cdiv(v, block)
+
+    def kernel(logits: Any, targets: Any, weights: Any, losses: Any, gradient: Any) -> None:
+        token = pl.program_id(0)
+
+        def part(i: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+            at = i * block + lax.iota(jnp.int32, block)
+            inside = None if v % block == 0 else at < v
+            other = None if inside is None else jnp.array(-jnp.inf, logits.dtype)
+            ref = logits.at[token, pl.ds(i * block, block)]
+            return plgpu.load(ref, mask=inside, other=other).astype(jnp.float32), at, inside
+
+        def add(i: jax.Array, known: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            largest, total = known
+            z = part(i)[0]
+            new = jnp.maximum(largest, jnp.max(z))
+            return new, total * jnp.exp(largest - new) + jnp.sum(jnp.exp(z - new))
+
+        # A start that is finite: -inf less itself is not a number.
+        start = (jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0))
+        largest, total = lax.fori_loop(0, steps, add, start)
+        normaliser = largest + jnp.log(total)
+        target, weight = targets[token], weights[token]
+        chosen = logits[token, target].astype(jnp.float32)
+        losses[token] = weight * (normaliser - chosen + z_loss * normaliser * normaliser)
+        share = (1.0 + 2.0 * z_loss * normaliser) / total
+
+        def store(i: jax.Array, _: None) -> None:
+            z, at, inside = part(i)
+            hit = jnp.where(at == target, 1.0, 0.0)
+            value = (jnp.exp(z - largest) * share - hit) * weight
+            out = gradient.at[token, pl.ds(i * block, block)]
+            plgpu.store(out, value.astype(dtype), mask=inside)
+
+        lax.fori_loop(0, steps, store, None)
+
+    losses, gradient = pl.pallas_call(
+        kernel,
+        out_shape=[
+            jax.ShapeDtypeStruct((m,), jnp.float32),
+            jax.ShapeDtypeStruct((m, v), dtype),
+        ],
+        grid=(m,),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
+        input_output_aliases={0: 1} if logits.dtype == dtype else {},
+        interpret=mode == "interpret",
+        name="logits_gradient",
+    )(logits, targets, weights)
+    return losses, gradient
