@@ -30,7 +30,7 @@ python=${PYTHON:-python3}
 throughput() {
     # shellcheck disable=SC2086
     timeout "${THROUGHPUT_SECONDS:-270}" "$python" -m experiments.pretrain_throughput \
-        --variants ternary-int8 dense --out "$out/throughput-125m.json" ${THROUGHPUT:-}
+        --variants ternary-packed ternary-int8 dense --out "$out/throughput-125m.json" ${THROUGHPUT:-}
 }
 
 one_gap() {

@@ -85,7 +85,7 @@ class Settings:
     remat: Remat = "none"
     attention: AttentionChoice = "cudnn-causal"
     tile_mib: int = 512
-    round_logits: bool = False
+    round_logits: bool = True
     unroll: bool = True
     peak_tflops: float = 989.0
 

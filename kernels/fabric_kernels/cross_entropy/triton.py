@@ -3,6 +3,7 @@
 What is read the second time lies in a cache: the rows of all programs that run at once do.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from fabric_kernels.triton_call import Mode
 BLOCK = 8192
 """Logits of a row at a time."""
 WARPS = 16
+LOWEST = -3e38
+"""Where a maximum starts; finite, since -inf less itself is not a number."""
 
 
 def logits_gradient(
@@ -30,17 +33,10 @@ def logits_gradient(
     """As ``api.logits_gradient``; a gradient of the dtype of the logits takes their place."""
     m, v = logits.shape
     block = min(BLOCK, 1 << (v - 1).bit_length())
-    steps = pl.cdiv(v, block)
 
     def kernel(logits: Any, targets: Any, weights: Any, losses: Any, gradient: Any) -> None:
-        token = pl.program_id(0)
-
-        def part(i: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-            at = i * block + lax.iota(jnp.int32, block)
-            inside = None if v % block == 0 else at < v
-            other = None if inside is None else jnp.array(-jnp.inf, logits.dtype)
-            ref = logits.at[token, pl.ds(i * block, block)]
-            return plgpu.load(ref, mask=inside, other=other).astype(jnp.float32), at, inside
+        token, start = pl.program_id(0), (jnp.float32(LOWEST), jnp.float32(0))
+        part = partial(_part, logits, token, block)
 
         def add(i: jax.Array, known: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             largest, total = known
@@ -48,34 +44,42 @@ def logits_gradient(
             new = jnp.maximum(largest, jnp.max(z))
             return new, total * jnp.exp(largest - new) + jnp.sum(jnp.exp(z - new))
 
-        # A start that is finite: -inf less itself is not a number.
-        start = (jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0))
-        largest, total = lax.fori_loop(0, steps, add, start)
+        largest, total = lax.fori_loop(0, pl.cdiv(v, block), add, start)
         normaliser = largest + jnp.log(total)
         target, weight = targets[token], weights[token]
-        chosen = logits[token, target].astype(jnp.float32)
-        losses[token] = weight * (normaliser - chosen + z_loss * normaliser * normaliser)
+        loss = normaliser - logits[token, target].astype(jnp.float32)
+        losses[token] = weight * (loss + z_loss * normaliser * normaliser)
         share = (1.0 + 2.0 * z_loss * normaliser) / total
 
         def store(i: jax.Array, _: None) -> None:
             z, at, inside = part(i)
             hit = jnp.where(at == target, 1.0, 0.0)
-            value = (jnp.exp(z - largest) * share - hit) * weight
-            out = gradient.at[token, pl.ds(i * block, block)]
-            plgpu.store(out, value.astype(dtype), mask=inside)
+            value = ((jnp.exp(z - largest) * share - hit) * weight).astype(dtype)
+            plgpu.store(gradient.at[token, pl.ds(i * block, block)], value, mask=inside)
 
-        lax.fori_loop(0, steps, store, None)
+        lax.fori_loop(0, pl.cdiv(v, block), store, None)
 
-    losses, gradient = pl.pallas_call(
+    shapes = [jax.ShapeDtypeStruct((m,), jnp.float32), jax.ShapeDtypeStruct((m, v), dtype)]
+    call = pl.pallas_call(
         kernel,
-        out_shape=[
-            jax.ShapeDtypeStruct((m,), jnp.float32),
-            jax.ShapeDtypeStruct((m, v), dtype),
-        ],
+        out_shape=shapes,
         grid=(m,),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
         input_output_aliases={0: 1} if logits.dtype == dtype else {},
         interpret=mode == "interpret",
         name="logits_gradient",
-    )(logits, targets, weights)
+    )
+    losses, gradient = call(logits, targets, weights)
     return losses, gradient
+
+
+def _part(
+    logits: Any, token: jax.Array, block: int, i: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Block ``i`` of a row in float32, its columns, and which of them there are; None for all."""
+    v = logits.shape[1]
+    at = i * block + lax.iota(jnp.int32, block)
+    inside = None if v % block == 0 else at < v
+    other = None if inside is None else jnp.array(-jnp.inf, logits.dtype)
+    ref = logits.at[token, pl.ds(i * block, block)]
+    return plgpu.load(ref, mask=inside, other=other).astype(jnp.float32), at, inside

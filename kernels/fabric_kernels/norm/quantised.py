@@ -73,9 +73,9 @@ def _forward(
     how: _How, x: jax.Array, gate: jax.Array | None, gain: jax.Array
 ) -> tuple[_Outputs, _Residuals]:
     # Imported when it is first asked for: Pallas Triton is deprecated.
-    from fabric_kernels.norm import triton_rows
+    from fabric_kernels.norm import triton_quantised
 
-    call = partial(triton_rows.codes, triton_rows.Rows(*how))
+    call = partial(triton_quantised.codes, triton_quantised.Rows(*how))
     codes, scale, inverse = on_platform(call, x, gate, gain)
     return (codes, scale[:, None], jnp.zeros_like(x)), (x, gate, gain, inverse)
 
@@ -83,10 +83,10 @@ def _forward(
 def _backward(
     how: _How, residuals: _Residuals, cotangents: tuple[Any, Any, jax.Array]
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    from fabric_kernels.norm import triton_rows
+    from fabric_kernels.norm import triton_quantised
 
     x, gate, gain, inverse = residuals
-    call = partial(triton_rows.gradient, triton_rows.Rows(*how))
+    call = partial(triton_quantised.gradient, triton_quantised.Rows(*how))
     dx, d_gate, d_gain = on_platform(call, cotangents[2], x, gate, gain, inverse)
     return dx, d_gate, d_gain.astype(gain.dtype)
 
