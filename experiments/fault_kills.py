@@ -6,12 +6,11 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from experiments.fault_processes import (
     STEPS,
     Ended,
-    Forked,
     Workshop,
     checkpoints,
     command,
@@ -21,6 +20,24 @@ from experiments.fault_processes import (
 )
 
 Counts = dict[str, Any]
+
+
+class Run(Protocol):
+    """What is killed."""
+
+    def poll(self) -> int | None:
+        """Its exit code, None as long as it runs."""
+        ...
+
+    def kill(self) -> bool:
+        """Whether it was still running when it was killed."""
+        ...
+
+    def wait(self) -> Ended:
+        """Until its end."""
+        ...
+
+
 RESUMED = re.compile(r"resuming after step (\d+)")
 FORMATS = {
     "native": "model",
@@ -78,11 +95,12 @@ class Runs:
         self.shop, self.kind, self.save_every = workshop, kind, save_every
         self.output = workshop.scratch / kind
         self.words = workshop.finetune(self.output, save_every=save_every)
+        self.seconds, self.reference = workshop.seconds, workshop.reference
 
     def attempt(self, counts: Counts, problems: list[str]) -> None:
         """Starts the run, or goes on with it, and kills it."""
         before = checkpoints(self.output)
-        run = self.shop.start(self.words)
+        run = self.last = self._start()
         self._wait(run)
         killed = run.kill()
         ended = run.wait()
@@ -104,12 +122,15 @@ class Runs:
         """Lets the last run come to its end."""
         if self.output.exists():
             before = checkpoints(self.output)
-            ended = self.shop.start(self.words).wait()
+            ended = self._start().wait()
             self._check_start(ended.text, before, counts, problems)
             read_end(ended, counts, problems, self.kind)
             self._check_end(counts, problems)
 
-    def _wait(self, run: Forked) -> None:
+    def _start(self) -> Run:
+        return self.shop.start(self.words)
+
+    def _wait(self, run: Run) -> None:
         dice, deadline = self.shop.dice, time.monotonic() + 60
         if self.kind == "checkpointing":
             # What an earlier kill left is there at once, and removed.
@@ -120,7 +141,7 @@ class Runs:
                 seen |= self._being_written()
             time.sleep(dice.uniform(0, 0.02))
         elif dice.random() < 0.5:
-            time.sleep(dice.uniform(0, self.shop.seconds))
+            time.sleep(dice.uniform(0, self.seconds))
         else:
             step = dice.randint(1, STEPS)
             while last_step(self.output) < step and run.poll() is None:
@@ -155,7 +176,7 @@ class Runs:
         found = digest(self.output / "adapter"), digest(self.output / "adapter_best")
         lines = (self.output / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
-        if found != self.shop.reference or steps != list(range(1, STEPS + 1)):
+        if found != self.reference or steps != list(range(1, STEPS + 1)):
             note(counts, problems, "corrupted_outputs", f"{self.kind}: {found}, steps {steps}")
         shutil.rmtree(self.output)
 

@@ -1,10 +1,10 @@
 """Is work lost, or an output wrong, when a job is killed, the disk is full or a file is damaged?
 
 Each try is a ``fabric-jax`` command in a process of its own that is killed with SIGKILL at a random
-moment (``fault_kills``), or that meets a full disk or a damaged checkpoint (``fault_files``); the
-command is then run again, and what it makes is compared, byte for byte, with what an undisturbed
-run made. The processes are forked from one that has imported everything and started no backend: a
-try costs a second.
+moment (``fault_kills``; ``fault_groups``: one of several that train together), or that meets a full
+disk or a damaged checkpoint (``fault_files``); the command is then run again, and what it makes is
+compared, byte for byte, with what an undisturbed run made. The processes are forked from one that
+has imported everything and started no backend: a try costs a second, of several processes ten.
 
     python -m experiments.faults --seconds 240 --output experiments/results/faults-cpu.json
 
@@ -21,7 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-KINDS = ("training", "checkpointing", "exporting", "sweeping", "disk_full", "damaged_checkpoint")
+KINDS = (
+    *("training", "checkpointing", "exporting", "sweeping", "disk_full", "damaged_checkpoint"),
+    *("two_processes", "four_processes"),
+)
 SHARES = {
     "training": 35,
     "checkpointing": 25,
@@ -29,6 +32,8 @@ SHARES = {
     "sweeping": 15,
     "disk_full": 5,
     "damaged_checkpoint": 5,
+    "two_processes": 2,
+    "four_processes": 1,
 }
 """Tries of a kind in each round."""
 WRITE_EVERY = 10
@@ -55,7 +60,8 @@ FINDINGS = ("lost_work", "hangs", "corrupted_outputs", "unclear_messages")
 not continued, or more steps than two intervals between checkpoints (one is being written while the
 next begins) had to be repeated; in a sweep, a cell with a record ran again. Corrupted outputs: what
 is under the name of an output is neither absent nor, byte for byte, that of an undisturbed run.
-Unclear messages: an exit code that is neither 0 nor 2, or a traceback."""
+Unclear messages: an exit code that is neither 0 nor 2, or a traceback; of processes beside one that
+was killed: another code than 3, or 2 where it had not come yet, or no word of it."""
 
 
 def run(
@@ -70,6 +76,7 @@ def run(
         JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     )
     from experiments.fault_files import DamagedCheckpoints, FullDisk
+    from experiments.fault_groups import Groups
     from experiments.fault_kills import Exports, Runs, Sweeps
     from experiments.fault_processes import Workshop
     from fabric_jax.files import write_json
@@ -84,6 +91,8 @@ def run(
         "sweeping": lambda: Sweeps(workshop),
         "disk_full": lambda: FullDisk(workshop),
         "damaged_checkpoint": lambda: DamagedCheckpoints(workshop),
+        "two_processes": lambda: Groups(workshop, 2),
+        "four_processes": lambda: Groups(workshop, 4),
     }
     tries = {kind: makers[kind]() for kind in kinds}
     done, begin = 0, time.monotonic()
@@ -108,9 +117,11 @@ def run(
 
 def read(output: Path) -> dict[str, Any]:
     """The record so far."""
-    if output.exists():
-        return json.loads(output.read_text())
     zeros = dict.fromkeys(("tries", *FINDINGS), 0)
+    if output.exists():
+        record = json.loads(output.read_text())
+        record["kinds"] = {kind: dict(zeros) for kind in KINDS} | record["kinds"]
+        return record
     return {
         "question": " ".join((__doc__ or "").split("\n\n")[0].split()),
         "kills": 0,

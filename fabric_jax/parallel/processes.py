@@ -5,8 +5,10 @@ alive is known to the runtime's coordination service: a process that dies ends t
 where they wait for it in a collective of the CPU, after the heartbeat timeout elsewhere.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -40,6 +42,7 @@ class DevicesConfig:
         processes: how many there are.
         process: the number of this one, from 0.
         heartbeat_seconds: a process that is silent for so long is taken for dead.
+        meeting_seconds: the first waits so long for all to start, and they for it.
     """
 
     mesh: str = ""
@@ -49,6 +52,7 @@ class DevicesConfig:
     processes: int = 0
     process: int = -1
     heartbeat_seconds: int = 100
+    meeting_seconds: int = 300
 
     def __post_init__(self) -> None:
         """Refuses what can't be meant."""
@@ -64,12 +68,11 @@ class DevicesConfig:
             raise FabricError(
                 "processes have no place to meet", fix="Give --coordinator host:port of the first"
             )
-        if self.heartbeat_seconds < 1:
-            raise FabricError(
-                "heartbeat_seconds out of range",
-                expected="1 or more",
-                found=str(self.heartbeat_seconds),
-            )
+        for name in ("heartbeat_seconds", "meeting_seconds"):
+            if getattr(self, name) < 1:
+                raise FabricError(
+                    f"{name} out of range", expected="1 or more", found=str(getattr(self, name))
+                )
 
 
 def join_processes(config: DevicesConfig) -> None:
@@ -88,9 +91,11 @@ def join_processes(config: DevicesConfig) -> None:
             "num_processes": config.processes,
             "process_id": config.process,
         }
+    _explain_aborts()
     try:
         jax.distributed.initialize(
             **explicit,
+            initialization_timeout=config.meeting_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
             shutdown_timeout_seconds=config.heartbeat_seconds,
         )
@@ -99,6 +104,27 @@ def join_processes(config: DevicesConfig) -> None:
             f"the processes of the run don't meet: {str(error).splitlines()[0]}",
             fix="Start all of them, or give --coordinator host:port --processes N --process I",
         ) from error
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(_: int) -> None:
+    leave(
+        "this process lost the others: a library ended it, and said above what it knows. "
+        "A process of the run died or can't be reached; what it printed last says why. "
+        "Start all of them again with --resume auto to continue.",
+        LOST_CODE,
+    )
+
+
+def _explain_aborts() -> None:
+    """Has a message of ours follow that of a library which calls ``abort`` for a lost process.
+
+    The coordination service does, and so does Gloo, of four processes, in the one that was to
+    receive from the dead one: "Is there a distributed collective mismatch in your code?". Both do
+    it in threads of their own, where nothing can be caught. Python's own handlers run too late.
+    """
+    if os.name == "posix":
+        ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
 
 
 def is_first() -> bool:

@@ -94,10 +94,9 @@ def kill_at_step(run: Processes, victim: int, output: Path, step: int) -> None:
     for number, code in enumerate(codes):
         if number == victim:
             continue
-        # Where the first process is the dead one, XLA may end the others before Gloo raises.
-        assert code in (LOST_CODE, -signal.SIGABRT), run.text(number)
-        words = "lost the others" if code == LOST_CODE else "another task died"
-        assert words in run.text(number)
+        assert code == LOST_CODE, run.text(number)
+        assert "lost the others" in run.text(number)
+        assert "--resume auto" in run.text(number)
 
 
 def settings(configure: Configure, output: Path, steps: int) -> FinetuneConfig:
@@ -128,21 +127,24 @@ def test_two_processes_lose_one_resume_and_end_with_the_adapter_of_one(
         np.testing.assert_allclose(found[name], tensor, atol=5e-3, err_msg=name)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_process_is_killed_in_turn(
     count: int, configure: Configure, tmp_path: Path, programs: Path
 ) -> None:
-    whole = settings(configure, tmp_path / "whole", 40)
+    """And the adapter is, bit for bit, that of as many processes which nobody disturbed."""
+    steps = 6 * count + 4
+    whole = settings(configure, tmp_path / "whole", steps)
     undisturbed = Processes(whole, count, tmp_path, programs)
     assert undisturbed.wait() == [0] * count, undisturbed.text(0)
     output = tmp_path / "killed"
-    config = settings(configure, output, 40)
+    config = settings(configure, output, steps)
     for victim in range(count):
         kill_at_step(Processes(config, count, tmp_path, programs), victim, output, 6 * victim + 5)
     last = Processes(config, count, tmp_path, programs)
     assert last.wait() == [0] * count, last.text(0)
-    assert steps_of(output) == list(range(1, 41))
+    assert "resuming after step" in last.text(0)
+    assert steps_of(output) == list(range(1, steps + 1))
     file = "adapter/adapter_model.safetensors"
     assert (output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
