@@ -13,10 +13,8 @@ from functools import partial
 from typing import cast
 
 import jax
-import jax.numpy as jnp
 from fabric_kernels import (
     LowRank,
-    Packing,
     TernaryWeight,
     absmax_quantize,
     low_rank_product,
@@ -25,13 +23,13 @@ from fabric_kernels import (
     ternary_matmul,
     with_gradient_of,
 )
-from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE
 from fabric_kernels.ternary_matmul import (
     GradientBits,
     Implementation,
     no_gradient,
     ternary_linear_transposed,
 )
+from fabric_kernels.ternary_matmul.input_parts import codes_per_byte, own_inputs, whole_inputs
 from jax import lax
 
 from fabric_jax.parallel.axes import Cut
@@ -122,7 +120,7 @@ def _products_bwd(
         return back(gradients, whole), frozen
     if plan.cuts[0].inputs == TENSOR:
         (weight,) = whole
-        return _whole_inputs(back(gradients, whole), weights[0].k, weight), frozen
+        return whole_inputs(back(gradients, whole), weights[0].k, weight.packing, TENSOR), frozen
     parts: list[jax.Array] = []
     if cut := [i for i, one in enumerate(plan.cuts) if one.outputs == TENSOR]:
         own = [_own_outputs(plan, gradients[i]) for i in cut]
@@ -151,7 +149,7 @@ def _gathered(plan: Plan, weight: TernaryWeight, cut: Cut) -> TernaryWeight:
                 packed = lax.all_gather(packed, name, axis=axis, tiled=True)
     k = weight.k
     if cut.inputs == TENSOR and TENSOR not in names:
-        k = packed.shape[-1] * _per_byte(weight.packing)
+        k = packed.shape[-1] * codes_per_byte(weight.packing)
     return TernaryWeight(packed, weight.scale, weight.layer, k, weight.packing)
 
 
@@ -167,24 +165,7 @@ def _by_inputs(plan: Plan, x: jax.Array, weight: TernaryWeight) -> jax.Array:
 
 def _own_inputs(plan: Plan, x: jax.Array, weight: TernaryWeight) -> jax.Array:
     """The channels of ``x`` [..., K] whose codes this device's bytes hold; zeros beyond K."""
-    width, per_byte = weight.packed.shape[-1], _per_byte(weight.packing)
-    total = width * plan.tensor * per_byte
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, total - x.shape[-1])])
-    start = lax.axis_index(TENSOR) * width
-    if weight.packing == "ternary2":
-        return lax.dynamic_slice_in_dim(x, start * per_byte, width * per_byte, x.ndim - 1)
-    by_digit = x.reshape(*x.shape[:-1], per_byte, -1)
-    own = lax.dynamic_slice_in_dim(by_digit, start, width, x.ndim)
-    return own.reshape(*x.shape[:-1], -1)
-
-
-def _whole_inputs(dx: jax.Array, k: int, weight: TernaryWeight) -> jax.Array:
-    """All K channels from every device's own, the inverse of :func:`_own_inputs`."""
-    if weight.packing == "ternary2":
-        return lax.all_gather(dx, TENSOR, axis=dx.ndim - 1, tiled=True)[..., :k]
-    by_digit = dx.reshape(*dx.shape[:-1], DIGITS_PER_BYTE, -1)
-    whole = lax.all_gather(by_digit, TENSOR, axis=dx.ndim, tiled=True)
-    return whole.reshape(*dx.shape[:-1], -1)[..., :k]
+    return own_inputs(x, weight.packed.shape[-1], weight.packing, TENSOR, plan.tensor)
 
 
 def _own_outputs(plan: Plan, y: jax.Array) -> jax.Array:
@@ -198,7 +179,3 @@ def _other_quantizer(
 ) -> tuple[jax.Array, ...]:
     """Float products with whole matrices: their sums would depend on where they are cut."""
     return packed_linears(x, weights, act_quant=plan.act_quant, implementation=plan.implementation)
-
-
-def _per_byte(packing: Packing) -> int:
-    return CODES_PER_BYTE if packing == "ternary2" else DIGITS_PER_BYTE

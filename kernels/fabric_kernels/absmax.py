@@ -12,7 +12,7 @@ EPSILON = 1e-5
 
 
 def absmax_quantize(
-    x: Float[Array, "*batch k"], axis_name: str | None = None
+    x: Float[Array, "*batch k"], axis_name: str | tuple[str, ...] | None = None
 ) -> tuple[Int8[Array, "*batch k"], Float32[Array, "*batch 1"]]:
     """BitNet's per-token int8 quantiser: codes, and the scale that *divides* them.
 
@@ -20,8 +20,8 @@ def absmax_quantize(
     last axis, in float32, ties to even. The two roundings of ``(1/m)·127`` are those of the
     released code: a true division ``127/m`` gives another scale for a quarter of all inputs.
 
-    Under ``shard_map`` the last axis may be cut along the mesh axis ``axis_name``: the maximum is
-    then that of all parts, so that codes and scale are those of the whole.
+    Under ``shard_map`` the last axis may be cut along ``axis_name``, one or more axes of
+    the mesh: the maximum is then that of all parts, so that codes and scale are those of the whole.
     """
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)

@@ -18,9 +18,9 @@ EVERY_MESH = [
 ]
 
 
-def run_program(name: str, *words: str, devices: int = 8) -> Any:
-    """The JSON that a program of this folder prints."""
-    program = Path(__file__).parent / "programs" / f"{name}.py"
+def run_program(name: str, *words: str, devices: int = 8, of: str = "parallel") -> Any:
+    """The JSON that a program of a folder of tests prints."""
+    program = ROOT / "tests" / of / "programs" / f"{name}.py"
     flags = os.environ.get("XLA_FLAGS", "")
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",

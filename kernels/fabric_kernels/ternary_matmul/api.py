@@ -1,4 +1,7 @@
-"""Products with a packed ternary matrix: one signature, several implementations."""
+"""Products with a packed ternary matrix: one signature, several implementations.
+
+Arguments may be sharded, in plain ``jit`` too (``partitioning``).
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,15 +14,13 @@ from jax.ad_checkpoint import checkpoint_name
 from fabric_kernels.gradients import with_gradient_of
 from fabric_kernels.low_rank import LowRank, low_rank_product
 from fabric_kernels.packing import Packing
-from fabric_kernels.ternary_matmul import cpu, xla
+from fabric_kernels.ternary_matmul import cpu, divided
 from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
 from fabric_kernels.ternary_matmul.select import (
     WITH_ADAPTERS,
     Implementation,
     Product,
-    Products,
     products,
-    products_with_adapters,
     resolve,
     select_implementation,
     side_implementation,
@@ -59,7 +60,7 @@ def ternary_matmul(
     chosen = select_implementation(implementation)
     weight = _weight(packed, x.shape[-1], packing)
     if x.dtype == jnp.int8:
-        return _products(chosen, "linear", x, weight).matmul(x, weight)
+        return divided.matmul(_resolved(chosen, "linear", x, weight), x, weight)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"ternary_matmul takes int8 codes or floats, found {x.dtype}")
     return _float_matmul(chosen, x, weight)
@@ -205,12 +206,11 @@ def ternary_linear_transposed(
     chosen = select_implementation(implementation)
     chosen = _resolved(chosen, "linear_transposed", gradients[0], weights[0])
     if chosen != "cpu":
-        return products(chosen).linear_transposed(gradients, weights)
-    empty = jnp.zeros((*gradients[0].shape[:-1], 0), gradients[0].dtype)
-    without = (None,) * len(weights)
-    narrow = [empty.astype(jnp.float32)] * len(weights)
-    return cpu.transposed_with_adapters(
-        empty, gradients, weights, without, narrow, bits=gradient_bits
+        return divided.linear_transposed(chosen, gradients, weights)
+    empty = jnp.zeros((*gradients[0].shape[:-1], 0), jnp.float32)
+    without, narrow = (None,) * len(weights), (empty,) * len(weights)
+    return divided.transposed_with_adapters(
+        chosen, None, gradients, weights, without, narrow, bits=gradient_bits
     )[0]
 
 
@@ -238,22 +238,16 @@ def _weight(packed: jax.Array, k: int, packing: Packing) -> TernaryWeight:
     return weight
 
 
-def _products(
-    chosen: Implementation, product: Product, rows: jax.Array, weight: TernaryWeight
-) -> Products:
-    """What runs a product of ``rows`` [..., K] or [..., N]."""
-    return products(_resolved(chosen, product, rows, weight))
-
-
 def _resolved(
     chosen: Implementation, product: Product, rows: jax.Array, weight: TernaryWeight
 ) -> Implementation:
+    """What runs a product of ``rows`` [..., K] or [..., N]."""
     return resolve(chosen, product, rows.size // max(rows.shape[-1], 1), weight)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_matmul(chosen: Implementation, x: jax.Array, weight: TernaryWeight) -> jax.Array:
-    return _products(chosen, "linear_transposed", x, weight).matmul(x, weight)
+    return divided.matmul(_resolved(chosen, "linear_transposed", x, weight), x, weight)
 
 
 def _float_matmul_fwd(
@@ -273,7 +267,8 @@ _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _float_transposed(chosen: Implementation, g: jax.Array, weight: TernaryWeight) -> jax.Array:
-    return _products(chosen, "linear_transposed", g, weight).matmul_transposed(g, weight)
+    name = _resolved(chosen, "linear_transposed", g, weight)
+    return divided.matmul_transposed(name, g, weight)
 
 
 def _float_transposed_fwd(
@@ -296,7 +291,7 @@ _Weights = tuple[TernaryWeight, ...]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(chosen: Implementation, x: jax.Array, weights: _Weights) -> tuple[jax.Array, ...]:
-    return _products(chosen, "linear", x, weights[0]).linear(x, weights)
+    return divided.linear(_resolved(chosen, "linear", x, weights[0]), x, weights)
 
 
 def _linear_fwd(
@@ -308,8 +303,8 @@ def _linear_fwd(
 def _linear_bwd(
     chosen: Implementation, weights: _Weights, gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, _Weights]:
-    run = _products(chosen, "linear_transposed", gradients[0], weights[0])
-    dx = run.linear_transposed(gradients, weights)
+    name = _resolved(chosen, "linear_transposed", gradients[0], weights[0])
+    dx = divided.linear_transposed(name, gradients, weights)
     return dx, tuple(no_gradient(weight) for weight in weights)
 
 
@@ -333,7 +328,7 @@ def _linear_after(
     weights: _Weights,
 ) -> tuple[jax.Array, ...]:
     del chosen
-    return cast(Any, products("triton")).linear_after(x, weights, prologue, residual)
+    return divided.linear_after(x, weights, prologue, residual)
 
 
 def _linear_after_fwd(
@@ -378,7 +373,7 @@ def _adapted_linear(
 ) -> tuple[jax.Array, ...]:
     del kept
     name = _resolved(how[0], "linear", x, weights[0])
-    return products_with_adapters(name).linear_with_adapters(x, weights, adapters)[0]
+    return divided.linear_with_adapters(name, x, weights, adapters)[0]
 
 
 _Residuals = tuple[jax.Array | None, jax.Array | None, _Weights, _Adapters, tuple[jax.Array, ...]]
@@ -392,7 +387,7 @@ def _adapted_linear_fwd(
     adapters: _Adapters,
 ) -> tuple[tuple[jax.Array, ...], _Residuals]:
     name = _resolved(how[0], "linear", x, weights[0])
-    outputs, narrow = products_with_adapters(name).linear_with_adapters(x, weights, adapters)
+    outputs, narrow = divided.linear_with_adapters(name, x, weights, adapters)
     # Kept under a name of their own, the narrow products spare a rematerialised backward pass the
     # whole call: they are R floats a token.
     narrow = tuple(checkpoint_name(u, NARROW_PRODUCT) for u in narrow)
@@ -409,11 +404,11 @@ def _adapted_linear_bwd(
     x, kept, weights, adapters, narrow = residuals
     read = kept if x is None else x
     assert read is not None
+    some = any(adapter is not None for adapter in adapters)
     name = _resolved(how[0], "linear_transposed", gradients[0], weights[0])
-    # A table may choose XLA, which has the products alone; what adapters add is Triton's then.
-    extra = {"products": xla.unscaled_transposed(gradients, weights)} if name == "xla" else {}
-    run = products_with_adapters("triton" if name == "xla" else name).transposed_with_adapters
-    dx, pairs = run(read, gradients, weights, adapters, narrow, bits=how[1], **extra)
+    dx, pairs = divided.transposed_with_adapters(
+        name, read if some else None, gradients, weights, adapters, narrow, bits=how[1]
+    )
     d_adapters = tuple(
         None
         if adapter is None or pair is None

@@ -57,6 +57,12 @@ def linear_with_adapters(
     return tuple(y.astype(x.dtype) for y in outputs), tuple(narrow)
 
 
+def kept_narrow(x: jax.Array, narrow: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+    """What the backward pass reads, of each adapter's ``scale · x A^T`` [..., R]."""
+    none = jnp.zeros((*x.shape[:-1], 0), jnp.float32)
+    return tuple(none if u is None else u.astype(jnp.float32) for u in narrow)
+
+
 def matmul_transposed(g: jax.Array, weight: TernaryWeight) -> jax.Array:
     """``g[..., n] · codes`` in the dtype of ``g``."""
     cpu_library.load()

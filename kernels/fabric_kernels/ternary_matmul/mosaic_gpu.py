@@ -41,6 +41,7 @@ from fabric_kernels.ternary_matmul.triton_group import (
     narrow_gradients,
     quantized_rows,
 )
+from fabric_kernels.ternary_matmul.triton_group import kept_narrow as kept_narrow
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 TILE_ROWS = 8

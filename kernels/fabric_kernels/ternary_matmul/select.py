@@ -60,6 +60,12 @@ class ProductsWithAdapters(Protocol):
         """
         ...
 
+    def kept_narrow(
+        self, x: jax.Array, narrow: Sequence[jax.Array | None]
+    ) -> tuple[jax.Array, ...]:
+        """Those arrays, of ``scale · x A^T`` [..., R] of each adapter in the dtype of ``x``."""
+        ...
+
     def transposed_with_adapters(
         self,
         x: jax.Array,

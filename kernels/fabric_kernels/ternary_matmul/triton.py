@@ -24,6 +24,7 @@ from fabric_kernels.ternary_matmul.triton_group import (
     linear_group,
     transposed_group,
 )
+from fabric_kernels.ternary_matmul.triton_group import kept_narrow as kept_narrow
 from fabric_kernels.ternary_matmul.triton_layout import (
     MULTIPROCESSORS,
     check_float,

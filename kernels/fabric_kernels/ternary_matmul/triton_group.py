@@ -377,13 +377,17 @@ def narrow_of_all(x: jax.Array, adapters: Sequence[LowRank]) -> jax.Array:
 
 
 def _padded(x: jax.Array, narrow: Sequence[jax.Array]) -> jax.Array:
-    """The narrow products of ``x`` side by side."""
-    ranks = [u.shape[1] for u in narrow]
-    padded = [
-        jnp.pad(u, ((0, 0), (0, power(rank, 16) - rank)))
-        for u, rank in zip(narrow, ranks, strict=True)
-    ]
-    return jnp.concatenate(padded or [jnp.zeros((len(x), 0), x.dtype)], axis=1)
+    """The narrow products of ``x`` [..., K] side by side."""
+    rows = [(0, 0)] * (x.ndim - 1)
+    padded = [jnp.pad(u, [*rows, (0, power(u.shape[-1], 16) - u.shape[-1])]) for u in narrow]
+    return jnp.concatenate(padded or [jnp.zeros((*x.shape[:-1], 0), x.dtype)], axis=-1)
+
+
+def kept_narrow(x: jax.Array, narrow: Sequence[jax.Array | None]) -> tuple[jax.Array, ...]:
+    """``Narrow`` of rows with any number of axes, from each adapter's product [..., R]."""
+    own = [u for u in narrow if u is not None]
+    small = _padded(x, [u for u in own if u.shape[-1] <= MAX_RANK])
+    return small, *(u for u in own if u.shape[-1] > MAX_RANK)
 
 
 def narrow_product(x: jax.Array, adapter: LowRank) -> jax.Array:

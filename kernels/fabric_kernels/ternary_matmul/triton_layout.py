@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
@@ -68,8 +67,7 @@ def stack_of(weight: TernaryWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
     if weight.layer is not None and 1 << 31 <= weight.packed.size <= 1 << 32:
         weight = weight.single()
     if weight.layer is None:
-        layer = np.zeros(1, np.int32)
-        return weight.packed[None], weight.scale.reshape(1), jnp.asarray(layer)
+        return weight.packed[None], weight.scale.reshape(1), jnp.zeros(1, jnp.int32)
     layer = jnp.asarray(weight.layer).astype(jnp.int32).reshape(1)
     return weight.packed, weight.scale.reshape(-1), layer
 
