@@ -21,6 +21,7 @@ def test_every_step_of_every_run_has_a_loss(curves: dict[str, list[float]]) -> N
     assert {len(curve) for curve in curves.values()} == {4}
 
 
+@pytest.mark.slow
 def test_two_and_1_6_bits_agree_and_int8_is_near(curves: dict[str, list[float]]) -> None:
     found = verdict(curves)
     assert found["a_equals_b"]

@@ -24,6 +24,9 @@ ISAS = ("avx512vnni", "avxvnni", "avx2", "neon", "portable")  # fastest first
 SANITIZERS = ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 X86 = platform.machine() in ("x86_64", "AMD64")
 
+# One worker, so that the program is compiled once: that is most of the time.
+pytestmark = pytest.mark.xdist_group("native program")
+
 
 def run(command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: v for name, v in os.environ.items() if name != "FABRIC_KERNELS_ISA"}
