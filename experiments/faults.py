@@ -21,10 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-KINDS = (
-    *("training", "checkpointing", "exporting", "sweeping", "disk_full", "damaged_checkpoint"),
-    *("two_processes", "four_processes"),
-)
+OF_ONE = ("training", "checkpointing", "exporting", "sweeping", "disk_full", "damaged_checkpoint")
+KINDS = (*OF_ONE, "two_processes", "four_processes")
+"""Those of one process first."""
 SHARES = {
     "training": 35,
     "checkpointing": 25,
