@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -30,6 +32,22 @@ def without_deprecation() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Tt]riton", category=DeprecationWarning)
         yield
+
+
+def kernel_module(name: str, instead: str = "xla") -> ModuleType:
+    """The module of Triton kernels of that full name, imported when it is first asked for.
+
+    Raises:
+        NotImplementedError: this JAX has no Pallas Triton; ``instead`` says which implementations
+            do without.
+    """
+    try:
+        with without_deprecation():
+            return import_module(name)
+    except ImportError as error:
+        raise NotImplementedError(
+            f"jax {jax.__version__} has no Pallas Triton; use implementation {instead}"
+        ) from error
 
 
 def on_platform(call: Callable[..., Any], *args: Any) -> Any:

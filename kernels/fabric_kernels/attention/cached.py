@@ -17,7 +17,7 @@ from fabric_kernels.attention import xla
 from fabric_kernels.attention.api import attention_implementation
 from fabric_kernels.attention.cache import KVCache
 from fabric_kernels.ternary_matmul import Implementation, select_implementation
-from fabric_kernels.triton_call import Mode, on_platform, without_deprecation
+from fabric_kernels.triton_call import Mode, kernel_module, on_platform
 
 Angles = tuple[jax.Array, jax.Array]
 CPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
@@ -88,9 +88,8 @@ def _on_gpu(*arrays: Any, scale: float) -> tuple[jax.Array, KVCache]:
         *,
         mode: Mode,
     ) -> tuple[jax.Array, KVCache]:
-        with without_deprecation():
-            from fabric_kernels.attention import triton_cached
-        return triton_cached.cached_attention(
+        module = kernel_module("fabric_kernels.attention.triton_cached")
+        return module.cached_attention(
             q, k, v, cache, layer, positions, first, angles, scale, mode=mode
         )
 

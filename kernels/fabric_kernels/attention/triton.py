@@ -11,17 +11,16 @@ whole arrays, unless it maps over its batch itself (``jax.shard_map`` with ``che
 from dataclasses import dataclass
 from functools import partial
 from math import inf
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fabric_kernels.triton_call import Mode, on_platform, without_deprecation
+from fabric_kernels.triton_call import Mode, kernel_module, on_platform
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from fabric_kernels.attention.triton_kernels import Tile
 
 LOG2_E = 1.4426950408889634
@@ -48,20 +47,9 @@ class Tiles:
     key_gradients: "Tile"
 
 
-def kernels() -> "ModuleType":
-    """The module of the kernels.
-
-    Raises:
-        NotImplementedError: this JAX has no Pallas Triton.
-    """
-    try:
-        with without_deprecation():
-            from fabric_kernels.attention import triton_kernels
-    except ImportError as error:
-        raise NotImplementedError(
-            f"jax {jax.__version__} has no Pallas Triton; use implementation xla"
-        ) from error
-    return triton_kernels
+def kernels() -> ModuleType:
+    """The module of the kernels; as ``kernel_module``."""
+    return kernel_module("fabric_kernels.attention.triton_kernels")
 
 
 def attention(

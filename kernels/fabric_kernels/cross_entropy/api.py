@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fabric_kernels.triton_call import on_platform
+from fabric_kernels.triton_call import kernel_module, on_platform
 
 Implementation = Literal["xla", "triton"]
 
@@ -37,6 +37,7 @@ def logits_gradient(
 
     Raises:
         ValueError: the name is unknown.
+        NotImplementedError: this JAX has no Pallas Triton.
     """
     if implementation is None:
         implementation = "triton" if jax.default_backend() == "gpu" else "xla"
@@ -47,10 +48,8 @@ def logits_gradient(
         )
     if implementation == "xla":
         return _by_xla(logits, targets, weights, dtype, z_loss)
-    # Imported when it is first asked for: Pallas Triton is deprecated.
-    from fabric_kernels.cross_entropy import triton
-
-    call = partial(triton.logits_gradient, z_loss, jnp.dtype(dtype))
+    module = kernel_module("fabric_kernels.cross_entropy.triton")
+    call = partial(module.logits_gradient, z_loss, jnp.dtype(dtype))
     losses, gradient = on_platform(call, logits, targets, weights)
     return losses, gradient
 

@@ -20,7 +20,7 @@ from fabric_kernels.attention.api import Angles
 from fabric_kernels.attention.cache import KVCache
 from fabric_kernels.norm import Gate
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
-from fabric_kernels.triton_call import Mode, on_platform, without_deprecation
+from fabric_kernels.triton_call import Mode, kernel_module, on_platform
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 MOST_ROWS = 4
@@ -162,10 +162,8 @@ def _call(
         raise NotImplementedError(
             "the step through all layers is for CUDA GPUs; use implementation xla"
         )
-    with without_deprecation():
-        from fabric_kernels.decoding import triton_layers
     programs = 1 if mode == "interpret" else _multiprocessors()
-    return triton_layers.decode_layers(
+    return kernel_module("fabric_kernels.decoding.triton_layers").decode_layers(
         h, stacks, cache, positions, angles, factor, programs=programs, mode=mode
     )
 

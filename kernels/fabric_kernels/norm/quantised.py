@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from fabric_kernels.norm.api import Gate
-from fabric_kernels.triton_call import on_platform
+from fabric_kernels.norm.triton import How
+from fabric_kernels.triton_call import kernel_module, on_platform
 
 MOST_CHANNELS = 8192
 """Of a row that a program holds in registers."""
+KERNELS = "fabric_kernels.norm.triton_quantised"
 
-_How = tuple[Gate | None, float]
 _Residuals = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]
 _Outputs = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -60,33 +61,28 @@ def normalised_codes(
         raise ValueError(f"expected at most {MOST_CHANNELS} channels, found {x.shape[-1]}")
     if (gate is None) != (activation is None):
         raise ValueError("a gate needs an activation, and an activation a gate")
-    found = cast(_Outputs, _codes((activation, eps), x, gate, gain))
+    found = cast(_Outputs, _codes(How(activation, eps), x, gate, gain))
     return NormalisedCodes(*found)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _codes(how: _How, x: jax.Array, gate: jax.Array | None, gain: jax.Array) -> _Outputs:
+def _codes(how: How, x: jax.Array, gate: jax.Array | None, gain: jax.Array) -> _Outputs:
     return _forward(how, x, gate, gain)[0]
 
 
 def _forward(
-    how: _How, x: jax.Array, gate: jax.Array | None, gain: jax.Array
+    how: How, x: jax.Array, gate: jax.Array | None, gain: jax.Array
 ) -> tuple[_Outputs, _Residuals]:
-    # Imported when it is first asked for: Pallas Triton is deprecated.
-    from fabric_kernels.norm import triton_quantised
-
-    call = partial(triton_quantised.codes, triton_quantised.Rows(*how))
+    call = partial(kernel_module(KERNELS).codes, how)
     codes, scale, inverse = on_platform(call, x, gate, gain)
     return (codes, scale[:, None], jnp.zeros_like(x)), (x, gate, gain, inverse)
 
 
 def _backward(
-    how: _How, residuals: _Residuals, cotangents: tuple[Any, Any, jax.Array]
+    how: How, residuals: _Residuals, cotangents: tuple[Any, Any, jax.Array]
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    from fabric_kernels.norm import triton_quantised
-
     x, gate, gain, inverse = residuals
-    call = partial(triton_quantised.gradient, triton_quantised.Rows(*how))
+    call = partial(kernel_module(KERNELS).gradient, how)
     dx, d_gate, d_gain = on_platform(call, cotangents[2], x, gate, gain, inverse)
     return dx, d_gate, d_gain.astype(gain.dtype)
 

@@ -5,16 +5,14 @@ XLA reads a row twice in both directions, once for its sum and once for what is 
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fabric_kernels.triton_call import Mode, on_platform, without_deprecation
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from fabric_kernels.triton_call import Mode, kernel_module, on_platform
 
 MOST_COLUMNS = 16384
 """Of a row, all of which a program has in registers."""
@@ -33,20 +31,9 @@ class How:
     eps: float
 
 
-def kernels() -> "ModuleType":
-    """The module of the kernels.
-
-    Raises:
-        NotImplementedError: this JAX has no Pallas Triton.
-    """
-    try:
-        with without_deprecation():
-            from fabric_kernels.norm import triton_kernels
-    except ImportError as error:
-        raise NotImplementedError(
-            f"jax {jax.__version__} has no Pallas Triton; use implementation xla"
-        ) from error
-    return triton_kernels
+def kernels() -> ModuleType:
+    """The module of the kernels; as ``kernel_module``."""
+    return kernel_module("fabric_kernels.norm.triton_kernels")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

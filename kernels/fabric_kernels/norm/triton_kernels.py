@@ -45,7 +45,7 @@ def backward(
         gradients = [d_product]
         if how.activation is not None:
             gate, up = rows
-            activated, slope = _activation(how, gate)
+            activated, slope = activation(how, gate)
             gradients = [d_product * up * slope, d_product * activated]
         for out, gradient in zip(outputs, gradients, strict=True):
             plgpu.store(out.at[pl.program_id(0), at], gradient.astype(out.dtype), mask=mask)
@@ -84,14 +84,14 @@ def _load(ref: Ref, at: jax.Array, mask: jax.Array | None, *, row: bool = True) 
 
 
 def _product(how: How, rows: list[jax.Array]) -> jax.Array:
-    return rows[0] if how.activation is None else _activation(how, rows[0])[0] * rows[1]
+    return rows[0] if how.activation is None else activation(how, rows[0])[0] * rows[1]
 
 
 def _inverse(how: How, product: jax.Array, n: int) -> jax.Array:
     return lax.rsqrt(jnp.sum(product * product) / n + how.eps)
 
 
-def _activation(how: How, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
+def activation(how: How, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The activation and its derivative."""
     if how.activation == "relu2":
         positive = jnp.maximum(gate, 0.0)

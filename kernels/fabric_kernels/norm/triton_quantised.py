@@ -5,7 +5,6 @@ codes, and two backward; a program here has a row in registers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.absmax import EPSILON
-from fabric_kernels.norm.api import Gate
+from fabric_kernels.norm.triton import How
+from fabric_kernels.norm.triton_kernels import activation
 from fabric_kernels.ternary_matmul.triton_quantize import reciprocal, round_product
 from fabric_kernels.triton_call import Mode
 
@@ -25,21 +25,8 @@ PROGRAMS = 132 * 8
 """Of a gradient, each with its own sum of the gradients by gains: as many as an H100 holds."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What happens to a row before it is quantised.
-
-    Attributes:
-        activation: of the gate; None where there is none.
-        eps: of the norm.
-    """
-
-    activation: Gate | None
-    eps: float
-
-
 def codes(
-    how: Rows, x: jax.Array, gate: jax.Array | None, gain: jax.Array, *, mode: Mode
+    how: How, x: jax.Array, gate: jax.Array | None, gain: jax.Array, *, mode: Mode
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes int8 [M, K] of ``norm(act(gate) · x)``, their scale [M] and ``1 / rms`` [M], float32.
 
@@ -58,7 +45,9 @@ def codes(
         inputs, (codes, scales, inverses) = refs[: len(operands)], refs[len(operands) :]
         token = pl.program_id(0)
         inside = _inside(k, block)
-        product, _ = _gated(how, _row(inputs[0], token, inside), _gate_row(inputs, token, inside))
+        product = _row(inputs[0], token, inside)
+        if gate is not None:
+            product = activation(how, _row(inputs[2], token, inside))[0] * product
         inverse = lax.rsqrt(jnp.sum(product * product) / k + how.eps)
         gains = _load(inputs[1].at[pl.ds(0, block)], inside).astype(x.dtype)
         # As rms_norm: rounded to the dtype of x before the gain and after it.
@@ -83,7 +72,7 @@ def codes(
 
 
 def gradient(
-    how: Rows,
+    how: How,
     d: jax.Array,
     x: jax.Array,
     gate: jax.Array | None,
@@ -125,7 +114,7 @@ def gradient(
 
 
 def _gradient_row(
-    how: Rows,
+    how: How,
     inputs: Sequence[Ref],
     outs: Sequence[Ref],
     inside: jax.Array | None,
@@ -135,43 +124,20 @@ def _gradient_row(
     total: jax.Array,
 ) -> jax.Array:
     """Stores a row's gradients; adds its share of that by the gains."""
-    x, gate = _row(inputs[0], token, inside), _gate_row(inputs[:-2], token, inside)
-    d, inverse = _row(inputs[-2], token, inside), inputs[-1][token]
-    product, act = _gated(how, x, gate)
+    x, d = _row(inputs[0], token, inside), _row(inputs[-2], token, inside)
+    inverse = inputs[-1][token]
+    gated = None if how.activation is None else activation(how, _row(inputs[2], token, inside))
+    product = x if gated is None else gated[0] * x
     normal = product * inverse
     pulled = d * gains
     d_product = inverse * (pulled - normal * (jnp.sum(pulled * normal) / k))
     results = [d_product]
-    if gate is not None:
-        results = [d_product * act, d_product * x * _slope(how.activation, gate)]
+    if gated is not None:
+        results = [d_product * gated[0], d_product * x * gated[1]]
     for out, value in zip(outs, results, strict=False):
         at = out.at[token, pl.ds(0, value.shape[0])]
         plgpu.store(at, value.astype(out.dtype), mask=inside)
     return total + d * normal
-
-
-def _gated(how: Rows, x: jax.Array, gate: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """``act(gate) · x`` and ``act(gate)``, in float32."""
-    if gate is None:
-        return x, None
-    relu = jnp.maximum(gate, 0.0)
-    act = gate * _sigmoid(gate) if how.activation == "silu" else relu * relu
-    return act * x, act
-
-
-def _slope(activation: Gate | None, gate: jax.Array) -> jax.Array:
-    if activation == "silu":
-        share = _sigmoid(gate)
-        return share * (1.0 + gate * (1.0 - share))
-    return 2.0 * jnp.maximum(gate, 0.0)
-
-
-def _sigmoid(x: jax.Array) -> jax.Array:
-    return 1.0 / (1.0 + jnp.exp(-x))
-
-
-def _gate_row(inputs: Sequence[Ref], token: jax.Array, inside: Any) -> jax.Array | None:
-    return None if len(inputs) < 3 else _row(inputs[2], token, inside)
 
 
 def _row(ref: Ref, token: jax.Array, inside: jax.Array | None) -> jax.Array:

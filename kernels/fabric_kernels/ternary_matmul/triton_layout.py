@@ -1,5 +1,6 @@
 """Operands of the Triton kernels as they take them, and the sizes of their tiles."""
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import jax
@@ -7,11 +8,9 @@ import jax.numpy as jnp
 
 from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
-from fabric_kernels.triton_call import without_deprecation
+from fabric_kernels.triton_call import kernel_module
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from fabric_kernels.ternary_matmul.triton_gradients import Parts, SumTile
     from fabric_kernels.ternary_matmul.triton_kernels import Tile
     from fabric_kernels.ternary_matmul.triton_quantize import NarrowTile
@@ -24,32 +23,18 @@ LEAST_STEPS = 4
 FLOATS = ("bfloat16", "float16", "float32")
 
 
-def kernels() -> "tuple[ModuleType, ModuleType]":
-    """The kernels on matrix units and the one for few tokens.
-
-    Raises:
-        NotImplementedError: this JAX has no Pallas Triton.
-    """
-    try:
-        with without_deprecation():
-            from fabric_kernels.ternary_matmul import triton_few_tokens, triton_kernels
-    except ImportError as error:
-        raise NotImplementedError(
-            f"jax {jax.__version__} has no Pallas Triton; use implementation xla or mosaic_gpu"
-        ) from error
-    return triton_kernels, triton_few_tokens
+def kernels() -> tuple[ModuleType, ModuleType]:
+    """The kernels on matrix units and the one for few tokens; as ``kernel_module``."""
+    return _module("triton_kernels"), _module("triton_few_tokens")
 
 
-def group_kernels() -> "tuple[ModuleType, ModuleType]":
-    """Those of a group's input and of its gradients.
+def group_kernels() -> tuple[ModuleType, ModuleType]:
+    """Those of a group's input and of its gradients; as ``kernel_module``."""
+    return _module("triton_quantize"), _module("triton_gradients")
 
-    Raises:
-        NotImplementedError: this JAX has no Pallas Triton.
-    """
-    kernels()
-    with without_deprecation():
-        from fabric_kernels.ternary_matmul import triton_gradients, triton_quantize
-    return triton_quantize, triton_gradients
+
+def _module(name: str) -> ModuleType:
+    return kernel_module(f"fabric_kernels.ternary_matmul.{name}", "xla or mosaic_gpu")
 
 
 def check_float(x: jax.Array) -> None:
