@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fabric_kernels.cross_entropy import Implementation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +132,26 @@ def test_bfloat16_hidden_states() -> None:
     assert float(value) == pytest.approx(loss, rel=1e-5)
     assert relative(grads[0], d_hidden) < 1e-2
     assert relative(grads[1], d_head) < 1e-2
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("round_logits", [False, True])
+def test_a_head_that_is_filled_up(round_logits: bool, implementation: Implementation) -> None:
+    """Rows that there are not have no share of a loss or gradient, whoever makes it."""
+    hidden, head, targets, weights = problem(37, 32, 259)
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (hidden, head)]
+    rest = (jnp.asarray(targets), jnp.asarray(weights))
+    value, found = jax.value_and_grad(
+        lambda h: tiled_cross_entropy(
+            *(h, half[1], *rest),
+            tile_bytes=2 * LOGITS_TILE_BYTES,
+            round_logits=round_logits,
+            implementation=implementation,
+        )
+    )(half[0])
+    loss, d_hidden, _ = exact(*(np.asarray(a, np.float32) for a in half), targets, weights)
+    assert float(value) == pytest.approx(loss, rel=3e-3 if round_logits else 1e-5)
+    assert relative(found, d_hidden) < (3e-2 if round_logits else 1e-2)
 
 
 @given(n=st.integers(1, 100_000), v=st.integers(2, 300_000))
