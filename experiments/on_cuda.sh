@@ -144,8 +144,7 @@ decode() {
     sweep records decode_throughput --jobs "$turns"
 }
 host() {
-    platform=cpu sweep records decode_throughput packing=ternary2 \
-        model=bitnet-125m,bitnet-350m,bitnet-1b,bitnet-2b-4t
+    platform=cpu sweep records host_decode
 }
 kernels() {
     local models=model=bitnet-1b,bitnet-2b-4t,bitnet-13b

@@ -130,7 +130,7 @@ def _gpu_over_cpu(index: Index) -> Verdict:
     names = ("decode_tokens_per_second", "tokens_per_second")
     for device in index.find("decode_throughput", "cuda"):
         same_cell = {key: device.cell.get(key) for key in ("model", "packing", "batch")}
-        for host in index.find("decode_throughput", "cpu", **same_cell):
+        for host in index.find("host_decode", "cpu", **same_cell):
             fast, slow = number(device, *names), number(host, *names)
             same = device.device.get("cpu") == host.device.get("cpu")
             if fast is None or slow is None or not same:

@@ -28,6 +28,7 @@ OWN = ("__init__",)
 """Modules with a command of their own."""
 EXPERIMENTS = [
     *("vram", "finetune_throughput", "lossless", "biomed", "kernels", "decode_throughput"),
+    "host_decode",
     *(
         f"ablations.{path.stem}"
         for path in sorted((ROOT / "experiments/ablations").glob("*.py"))
