@@ -106,8 +106,7 @@ def gradient(
     """
     m, k = x.shape
     cut = choose_pieces(m, k, GRADIENT_THREADS)
-    groups = m // cut.rows
-    programs = min(PROGRAMS, groups)
+    programs = min(PROGRAMS, groups := m // cut.rows)
     read = [d, x] if gate is None else [d, x, gate]
     outputs = [jax.ShapeDtypeStruct((m, k), x.dtype)] * (len(read) - 1)
     outputs.append(jax.ShapeDtypeStruct((programs * cut.rows, k), jnp.float32))
@@ -124,8 +123,7 @@ def gradient(
             # What the next turn needs is under way while this one computes.
             (now, totals), group = carry, first + i * programs
             following = fetch(jnp.minimum(group + programs, groups - 1))
-            row = group * cut.rows
-            own = inverse[pl.ds(row, cut.rows)][:, None]
+            own = inverse[pl.ds(row := group * cut.rows, cut.rows)][:, None]
             results, shares = _gradients(how, [wide(part) for part in now], gains, own, k)
             for out, values in zip(outs[:-1], results, strict=True):
                 cut.store(out, row, values)
