@@ -28,8 +28,10 @@ export FABRIC_CORPORA=${FABRIC_CORPORA:-$records/corpora}
 python=${PYTHON:-python3}
 
 throughput() {
+    # Less memory than JAX takes of its own accord: from the second round on PyTorch runs beside it.
     # shellcheck disable=SC2086
-    timeout "${THROUGHPUT_SECONDS:-270}" "$python" -m experiments.pretrain_throughput \
+    XLA_PYTHON_CLIENT_MEM_FRACTION=.4 \
+        timeout "${THROUGHPUT_SECONDS:-270}" "$python" -m experiments.pretrain_throughput --rounds 3 \
         --variants ternary-packed ternary-int8 dense --out "$out/throughput-125m.json" ${THROUGHPUT:-}
 }
 

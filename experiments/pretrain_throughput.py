@@ -4,11 +4,14 @@ Each variant is one compiled optimizer step on random tokens: ``dense`` (no quan
 ``ternary-float`` (codes multiplied as bfloat16) and ``ternary-int8`` (codes multiplied as int8, the
 same sums). FLOPs are counted as by PaLM (arXiv:2204.02311, appendix B), whatever is multiplied in
 which precision: ``6 N + 12 L T D`` a token, N the weights that are multiplied, head included;
-utilisation is of the bfloat16 peak. PyTorch runs in processes of its own, before. The layers are
-compiled one after another and nothing is recomputed: 17 GiB at the default size. The record is
-written anew after each result, so that a run that is stopped leaves what it has.
+utilisation is of the bfloat16 peak. PyTorch runs in processes of its own. The layers are compiled
+one after another and nothing is recomputed: 17 GiB at the default size. The record is written anew
+after each result, so that a run that is stopped leaves what it has.
 
     PYTHONPATH=.:kernels python3 -m experiments.pretrain_throughput --out throughput.json
+
+``--rounds 3`` measures everything in turn three times: a clock that falls as the card warms up then
+meets all of them. Medians are over the steps of all rounds; each round's stand beside them.
 
 Attention is cuDNN's; ``--attention auto`` takes our own kernels, and a variant that cuDNN refuses
 is measured with those too.
@@ -25,7 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +46,7 @@ from fabric_jax.models.registry import get_config
 from fabric_jax.quantization.ste_options import SteOptions
 from fabric_jax.training.optimizer import make_optimizer
 from fabric_jax.training.recipes import recipe_optimizer
-from fabric_jax.training.step import init_state, make_train_step
+from fabric_jax.training.step import TrainState, init_state, make_train_step
 
 VARIANTS: dict[str, SteOptions] = {
     "ternary-packed": SteOptions(product="packed"),
@@ -51,6 +54,10 @@ VARIANTS: dict[str, SteOptions] = {
     "dense": SteOptions(weights="none"),
     "ternary-float": SteOptions(),
 }
+PEERS = {"torch": False, "torch-compiled": True}
+"""By name, whether ``torch.compile`` is asked for."""
+OWN = "-own-attention"
+"""Ends the name of a variant that cuDNN refused, measured with our own kernels."""
 TORCH_SECONDS = 240
 """That a run of PyTorch may take, compilation included."""
 
@@ -64,8 +71,9 @@ class Settings:
         vocab_size: rows of the embedding; a multiple of 128, as is usual where speed counts.
         rows: of a step.
         length: positions in a row.
-        steps: timed ones.
+        steps: timed ones in a round.
         warmup: steps before them, at least one.
+        rounds: in which all are measured in turn.
         dtype: of activations.
         remat: what the backward pass recomputes.
         attention: cuDNN's without a mask, which is what PyTorch runs too; auto on CPU.
@@ -81,6 +89,7 @@ class Settings:
     length: int = 1024
     steps: int = 20
     warmup: int = 3
+    rounds: int = 1
     dtype: str = "bfloat16"
     remat: Remat = "none"
     attention: AttentionChoice = "cudnn-causal"
@@ -119,27 +128,37 @@ def decoder_options(variant: str, settings: Settings) -> DecoderOptions:
     )
 
 
-def measure(variant: str, settings: Settings) -> dict[str, Any]:
-    """Seconds of each step of a variant, and what XLA plans for it."""
-    model = chosen_model(settings)
-    definition = define_decoder(model, decoder_options(variant, settings))
-    optimizer = make_optimizer(recipe_optimizer("scratch", model.parameters), 10_000)
-    state = init_state(initialize_base(definition, 0), optimizer)
-    key = jax.random.key(1)
-    batch = random_batch(settings)
-    start = time.perf_counter()
-    step = make_train_step(definition, optimizer, trains="base")
-    compiled = step.lower(state, {}, batch, key).compile()
-    compile_seconds = time.perf_counter() - start
-    memory = compiled_memory(compiled)
-    losses, seconds = timed(compiled, state, batch, key, settings)
-    return rates(seconds, model, settings) | {
-        "compile_seconds": round(compile_seconds, 1),
-        "compiled_bytes": memory.total,
-        "attention": settings.attention,
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
-    }
+class Variant:
+    """A variant's compiled step; compiled once, however often it is measured."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.settings = settings
+        self.definition = define_decoder(chosen_model(settings), decoder_options(name, settings))
+        self.optimizer = make_optimizer(
+            recipe_optimizer("scratch", self.definition.config.parameters), 10_000
+        )
+        self.batch, self.key = random_batch(settings), jax.random.key(1)
+        state = jax.eval_shape(self.fresh)
+        start = time.perf_counter()
+        step = make_train_step(self.definition, self.optimizer, trains="base")
+        self.compiled = step.lower(state, {}, self.batch, self.key).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def fresh(self) -> TrainState:
+        """What every round begins with: a step gives its own state's memory to the next one's."""
+        return init_state(initialize_base(self.definition, 0), self.optimizer)
+
+    def measure(self) -> dict[str, Any]:
+        """Seconds of each step of a round, and what XLA plans for it."""
+        losses, seconds = timed(self.compiled, self.fresh(), self.batch, self.key, self.settings)
+        return {
+            "seconds": seconds,
+            "compile_seconds": round(self.compile_seconds, 1),
+            "compiled_bytes": compiled_memory(self.compiled).total,
+            "attention": self.settings.attention,
+            "loss_first": losses[0],
+            "loss_last": losses[-1],
+        }
 
 
 def timed(
@@ -176,15 +195,17 @@ def random_batch(settings: Settings) -> Batch:
     )
 
 
-def rates(seconds: list[float], model: ModelConfig, settings: Settings) -> dict[str, Any]:
-    """Median, spread, tokens a second and utilisation."""
+def rates(rounds: list[list[float]], settings: Settings) -> dict[str, Any]:
+    """Median, spread, tokens a second and utilisation of the steps of all rounds."""
+    seconds = [one for each in rounds for one in each]
     median = statistics.median(seconds)
     tokens = settings.rows * settings.length / median
-    flops = tokens * flops_per_token(model, settings.length)
+    flops = tokens * flops_per_token(chosen_model(settings), settings.length)
     return {
         "seconds_median": median,
         "seconds_min": min(seconds),
         "seconds_max": max(seconds),
+        "seconds_median_of_rounds": [statistics.median(each) for each in rounds],
         "tokens_per_second": tokens,
         "tflops": flops / 1e12,
         "mfu": flops / 1e12 / settings.peak_tflops,
@@ -215,29 +236,43 @@ def measure_torch(settings: Settings, *, compiled: bool) -> dict[str, Any]:
         return {"error": f"took more than {TORCH_SECONDS} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    record = json.loads(done.stdout.strip().splitlines()[-1])
-    return rates(record.pop("seconds"), model, settings) | record
+    return cast(dict[str, Any], json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def measure_all(
-    settings: Settings, variants: Sequence[str], *, torch: bool
+    settings: Settings, variants: Sequence[str], peers: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each result with its name as it comes; what a device can't run is a result too."""
-    if torch:
-        for name, compiled in (("torch", False), ("torch-compiled", True)):
-            yield name, measure_torch(settings, compiled=compiled)
-    for variant in variants:
-        found = measure_or_say(variant, settings)
-        yield variant, found
-        if "error" in found and settings.attention != "auto":
-            own = replace(settings, attention="auto")
-            yield f"{variant}-own-attention", measure_or_say(variant, own)
+    """Each result with its name as it comes; what a device can't run is a result too.
+
+    A result is of all rounds until then.
+    """
+    ready: dict[str, Variant] = {}
+    rounds: dict[str, list[list[float]]] = {}
+    failed: set[str] = set()
+    for _ in range(settings.rounds):
+        for name in [*peers, *variants, *(f"{variant}{OWN}" for variant in variants)]:
+            wanted = not name.endswith(OWN) or name.removesuffix(OWN) in failed
+            if not wanted or name in failed:
+                continue
+            found = measure_or_say(name, settings, ready)
+            if "error" in found:
+                failed.add(name)
+            else:
+                rounds.setdefault(name, []).append(found.pop("seconds"))
+                found = rates(rounds[name], settings) | found
+            yield name, found
 
 
-def measure_or_say(variant: str, settings: Settings) -> dict[str, Any]:
-    """The measurements, or the error."""
+def measure_or_say(name: str, settings: Settings, ready: dict[str, Variant]) -> dict[str, Any]:
+    """The seconds of a round and more, or the error."""
+    if name in PEERS:
+        return measure_torch(settings, compiled=PEERS[name])
+    if name.endswith(OWN):
+        settings = replace(settings, attention="auto")
     try:
-        return measure(variant, settings)
+        if name not in ready:
+            ready[name] = Variant(name.removesuffix(OWN), settings)
+        return ready[name].measure()
     except Exception as error:  # XLA's errors have no class of their own
         return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
 
@@ -247,12 +282,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     add_settings(parser, Settings())
     given = vars(parser.parse_args())
     settings = Settings(**{name: given[name] for name in asdict(Settings())})
     results: dict[str, Any] = {}
-    for name, found in measure_all(settings, given["variants"], torch=not given["no_torch"]):
+    device: dict[str, Any] = {}
+    for name, found in measure_all(settings, given["variants"], given["peers"]):
         print(name, json.dumps(found), flush=True)
         results[name] = found
         record = {
@@ -261,8 +297,8 @@ def main() -> None:
             "flops_per_token": flops_per_token(chosen_model(settings), settings.length),
             "results": results,
         }
-        # Asking for the device takes it, which PyTorch must not find taken.
-        device = {} if name.startswith("torch") else device_facts().to_dict()
+        if name not in PEERS:  # JAX has the device by now, beside which PyTorch finds its place
+            device = device_facts().to_dict()
         write_json(given["out"], record | {"device": device})
 
 

@@ -65,7 +65,7 @@ def _quantisers(source: str, **changed: Any) -> Variant:
 VARIANTS: dict[Name, Variant] = {
     "b1.58": Variant(source="arXiv:2402.17764"),
     "clipped-gradient": _quantisers("arXiv:1602.02830", weight_gradient="clipped"),
-    "stochastic-rounding": _quantisers("arXiv:1511.00363", weight_rounding="stochastic"),
+    "stochastic-rounding": _quantisers("arXiv:1510.03009", weight_rounding="stochastic"),
     "scale-by-channel": _quantisers("arXiv:2406.07177", weight_scale="channel"),
     "scale-by-group": _quantisers("arXiv:2407.12327", weight_scale="group"),
     "int4-hybrid": _quantisers("arXiv:2411.04965 (a4.8)", activations="int4-hybrid"),

@@ -82,7 +82,8 @@ def check_codes(master: jax.Array, packed: jax.Array, scale: jax.Array) -> None:
 
     Compared are the codes that ``master_linear`` multiplies and their scale, with those that were
     packed, all of them. One in a million may differ: where a weight lies at a rounding boundary,
-    another order of summing the absmean moves it.
+    another order of summing the absmean moves it. Both are computed by the device that packs: a GPU
+    that trained sums in yet another order, and rounds the reciprocal otherwise.
 
     Args:
         master: float32 [N, K].

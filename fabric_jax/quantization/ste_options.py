@@ -21,11 +21,11 @@ class SteOptions:
             inputs of an output (as in Spectra, Kaushal et al. 2024, arXiv:2407.12327, for its
             quantised baselines).
         weight_gradient: what passes the rounding backward: ``identity`` (the authors' code, no
-            mask), or ``clipped``: nothing where ``|W| > scale`` (Hubara et al. 2016,
+            mask), or ``clipped``: nothing where ``|W| > scale`` (Courbariaux et al. 2016,
             arXiv:1602.02830, equation 4).
         weight_rounding: ``nearest``, or ``stochastic``: up with the probability of the remainder
-            (Gupta et al. 2015, arXiv:1502.02551; for ternary weights Courbariaux et al. 2015,
-            arXiv:1511.00363), in training steps alone.
+            (Gupta et al. 2015, arXiv:1502.02551; for ternary weights "ternary connect", Lin et al.
+            2016, arXiv:1510.03009), in training steps alone.
         activations: ``int8``: every input per token as ``act_quant`` says. ``int4-hybrid``: BitNet
             a4.8 (Wang et al. 2024, arXiv:2411.04965): int4 by absmean for q, k, v, gate and up;
             int8 for o, of which the half with the largest magnitude is kept, and for down.

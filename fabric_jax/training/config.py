@@ -216,8 +216,10 @@ class PretrainConfig(RunConfig):
         vocab_size: scratch: rows of the embedding; 0 for the model's, or those that the tokenizer
             needs where that was learnt.
         num_layers: scratch: layers; 0 for the model's own.
-        gate: scratch: activation of the gate; model for the model's own.
-        sub_norms: scratch: whether there are norms before o and down; model for the model's own.
+        gate: scratch: activation of the gate: silu (arXiv:2402.17764), or relu2, the squared ReLU
+            (BitNet b1.58 2B4T, arXiv:2504.12285); model for the model's own.
+        sub_norms: scratch: whether there are norms before o and down, as in BitNet b1.58, or not,
+            as in Falcon-E and HF1BitLLM's Llama3-8B-1.58; model for the model's own.
         ste: variants of the quantisers, for ablations.
         quantization_warmup: convert: steps over which quantisation grows from nothing to all.
         rows: stream: text is cut into rows as it lies, so that nothing is padded; packed: each row

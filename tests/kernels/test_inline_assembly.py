@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fabric_kernels.norm.triton import How
+from fabric_kernels.norm.triton_quantised import codes
 from fabric_kernels.ternary_matmul import triton_few_tokens as few
 from fabric_kernels.ternary_matmul.triton_kernels import Tile, codes_of_planes
+from fabric_kernels.triton_exact import reciprocal, round_product, scalar_reciprocal
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -66,3 +69,31 @@ def test_planes_of_codes(dtype: str) -> None:
         field = ((np.asarray(packed) >> (2 * j)) & 3).astype(np.int32)
         expected = field if dtype == "int8" else field - 1
         np.testing.assert_array_equal(np.asarray(plane, np.float32), expected)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.usefixtures("assembled")
+def test_normalised_codes(activation: Any) -> None:
+    """Three pieces to a row; the quantiser's own steps are the assembly."""
+    rng = np.random.default_rng(0)
+    x, gate = (jnp.asarray(rng.standard_normal((8, 96)), jnp.bfloat16) for _ in range(2))
+    gain = jnp.asarray(rng.uniform(0.5, 2, 96), jnp.float32)
+    run = partial(codes, How(activation, 1e-5), x, gate if activation else None, gain)
+    for found, other in zip(run(mode="cuda"), run(mode="interpret"), strict=True):
+        np.testing.assert_array_equal(found, other)
+
+
+@pytest.mark.usefixtures("assembled")
+def test_exact_steps() -> None:
+    """Reciprocals and rounded products are those of IEEE 754, which numpy computes."""
+    rng = np.random.default_rng(1)
+    x = rng.uniform(1e-5, 300, 512).astype(np.float32)
+    inverse = np.float32(1) / x
+    np.testing.assert_array_equal(reciprocal(jnp.asarray(x), "cuda"), inverse)
+    np.testing.assert_array_equal(scalar_reciprocal(jnp.asarray(x[0]), "cuda"), inverse[0])
+    values = (rng.integers(-400, 400, 512) / 2).astype(np.float32)  # halves are rounded to even
+    values[:2] = np.nan, 0
+    scale = np.where(np.arange(512) % 2, np.float32(1), x)
+    expected = np.rint(np.nan_to_num(values) * scale).astype(np.int32)
+    found = round_product(jnp.asarray(values), jnp.asarray(scale), "cuda")
+    np.testing.assert_array_equal(found, expected)

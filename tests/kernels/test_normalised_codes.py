@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fabric_kernels import absmax_quantize, gated_product, rms_norm
 from fabric_kernels.norm import NormalisedCodes, normalised_codes
+from fabric_kernels.norm.triton_rows import MOST_HELD, THREAD, choose_pieces
 
 EPS = 1e-5
 
@@ -31,7 +32,8 @@ def fused(x: jax.Array, gate: jax.Array, gain: jax.Array, activation: Any) -> No
 
 
 @pytest.mark.parametrize("activation", [None, "silu", "relu2"])
-@pytest.mark.parametrize("k", [96, 128, 200])
+# Three pieces; one whole piece; one that is padded.
+@pytest.mark.parametrize("k", [96, 128, 200, 768])
 def test_codes_scales_and_gradients_are_those_of_the_steps(k: int, activation: Any) -> None:
     x, gate, gain, d = problem(k)
     values, pull = jax.vjp(
@@ -64,7 +66,18 @@ def test_a_row_that_is_not_a_number_has_no_scale() -> None:
 
 
 def test_refuses_rows_that_are_too_long_and_gates_alone() -> None:
-    with pytest.raises(ValueError, match="at most 8192 channels, found 8200"):
-        normalised_codes(jnp.zeros((2, 8200)), jnp.ones(8200), EPS)
+    with pytest.raises(ValueError, match="at most 4096 channels, found 4104"):
+        normalised_codes(jnp.zeros((2, 4104)), jnp.ones(4104), EPS)
     with pytest.raises(ValueError, match="a gate needs an activation"):
         normalised_codes(jnp.zeros((2, 8)), jnp.ones(8), EPS, gate=jnp.zeros((2, 8)))
+
+
+@pytest.mark.parametrize("k", [32, 200, 768, 1536, 2048, 2560, 3072, 4096])
+@pytest.mark.parametrize("threads", [128, 256])
+def test_pieces_are_a_row_and_fit_the_registers(threads: int, k: int) -> None:
+    cut = choose_pieces(32768, k, threads)
+    assert cut.size & (cut.size - 1) == 0
+    assert 0 <= len(list(cut)) * cut.size - k < cut.size
+    assert len(list(cut)) * cut.size * cut.rows <= 32 * cut.warps * max(MOST_HELD, THREAD)
+    assert cut.warps <= 8
+    assert choose_pieces(37, k, threads).rows == 1

@@ -10,7 +10,7 @@ from fabric_kernels.norm.api import Gate
 from fabric_kernels.norm.triton import How
 from fabric_kernels.triton_call import kernel_module, on_platform
 
-MOST_CHANNELS = 8192
+MOST_CHANNELS = 4096
 """Of a row that a program holds in registers."""
 KERNELS = "fabric_kernels.norm.triton_quantised"
 

@@ -4,6 +4,7 @@ Its backward pass reads the codes again, so quantiser and products are two calls
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fabric_kernels.absmax import scale_sums
+from fabric_kernels.packing import unpack
 from fabric_kernels.ternary_matmul.select import (
     Implementation,
     products,
@@ -18,6 +20,10 @@ from fabric_kernels.ternary_matmul.select import (
     select_implementation,
 )
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
+from fabric_kernels.triton_call import kernel_module, on_platform
+
+LONG_SUMS = 2048
+"""Channels from which the Hopper kernel is the faster one of the two that scale and store."""
 
 
 def ternary_linear_of_codes(
@@ -55,9 +61,25 @@ def ternary_linear_of_codes(
         one = weight.single()
         name = resolve(chosen, "linear", codes.size // max(codes.shape[-1], 1), one)
         run: Any = products(name)
-        if name == "mosaic_gpu":  # which scales and rounds before it stores
-            outputs.append(run.scaled(codes, act_scale, one, jnp.dtype(dtype)))
+        if name in ("mosaic_gpu", "triton") and codes.size > 0 and one.packing == "ternary2":
+            outputs.append(_on_gpu(name, codes, act_scale, one, jnp.dtype(dtype)))
             continue
         sums = cast(jax.Array, run.matmul(codes, one))
         outputs.append(scale_sums(sums, act_scale, one.scale).astype(dtype))
     return tuple(outputs)
+
+
+def _on_gpu(
+    name: str, codes: jax.Array, act_scale: jax.Array, weight: TernaryWeight, dtype: jnp.dtype
+) -> jax.Array:
+    """By kernels that scale and round before they store."""
+    if name == "mosaic_gpu" and weight.k >= LONG_SUMS:
+        return cast(Any, products(name)).scaled(codes, act_scale, weight, dtype)
+    kernels = kernel_module("fabric_kernels.ternary_matmul.triton_codes")
+    rows = codes.reshape(-1, codes.shape[-1])
+    factor = ((1.0 / act_scale) * weight.scale).reshape(-1)
+    unpacked = unpack(weight.packed, weight.k, weight.packing)
+    tile = kernels.Tile(k=min(128, max(32, 1 << (weight.k - 1).bit_length())))
+    call = partial(kernels.scaled, dtype, tile)
+    y = on_platform(call, rows, unpacked, factor)
+    return y.reshape(*codes.shape[:-1], weight.n)

@@ -28,6 +28,7 @@ from fabric_kernels.ternary_matmul.triton_kernels import (
     scale_at,
 )
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_exact import round_product, scalar_reciprocal
 
 
 @dataclass(frozen=True)
@@ -184,41 +185,12 @@ def _quantize_row(
     other = None if k == block else jnp.zeros((), x.dtype)
     row = plgpu.load(x.at[token, at], mask=inside, other=other).astype(jnp.float32)
     largest = jnp.maximum(jnp.max(jnp.abs(row)), EPSILON)
-    scale = reciprocal(largest, mode) * 127.0
+    scale = scalar_reciprocal(largest, mode) * 127.0
     values = jnp.clip(round_product(row, scale, mode), -128, 127)
     sums[token] = jnp.sum(values)
     # The largest of a row leaves out what is not a number: it becomes visible here.
-    factor = reciprocal(scale, mode) + jnp.sum(row * 0.0)
+    factor = scalar_reciprocal(scale, mode) + jnp.sum(row * 0.0)
     for out, (of_matrix, layer) in zip(factors, scales, strict=True):
         out[token] = factor * scale_at(of_matrix, layer[0])
     mask = None if layout.written == block else at < layout.written
     plgpu.store(codes.at[*layout.index(token, at)], values.astype(jnp.int8), mask=mask)
-
-
-def reciprocal(x: jax.Array, mode: Mode) -> jax.Array:
-    """1/x, correctly rounded: Triton's own division isn't."""
-    if mode != "cuda":
-        return 1.0 / x
-    # Triton's inline PTX is for vectors: one of equal numbers.
-    (vector,) = plgpu.elementwise_inline_asm(
-        "rcp.rn.f32 $0, $1;",
-        args=[jnp.full((32,), x)],
-        constraints="=f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct((32,), jnp.float32)],
-    )
-    return jnp.max(vector)
-
-
-def round_product(x: jax.Array, scale: jax.Array, mode: Mode) -> jax.Array:
-    """``rint(x · scale)`` as int32, each step rounded by itself; 0 for what is not a number."""
-    if mode != "cuda":
-        product = x * scale
-        return jnp.where(jnp.isnan(product), 0.0, jnp.rint(product)).astype(jnp.int32)
-    return plgpu.elementwise_inline_asm(
-        "{ .reg .f32 t; mul.rn.f32 t, $1, $2; cvt.rni.s32.f32 $0, t; }",
-        args=[x, jnp.full(x.shape, scale)],
-        constraints="=r,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int32)],
-    )[0]
