@@ -1,5 +1,6 @@
 """A step through all layers in one call on CPU: float64, and its steps one by one."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from fabric_kernels.decoding import LayerStacks, decode_layers, why_not
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.test_cpu_implementation import output, start
 from tests.kernels.test_decoding import L, problem, step_by_step
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
@@ -29,9 +31,7 @@ CASES: list[Case] = [
 def repacked(stacks: LayerStacks, packing: Packing) -> LayerStacks:
     """The same codes in another layout."""
     matrices = {
-        name: replace(
-            w, packed=pack(unpack(w.packed, w.k, w.packing), packing), packing=packing
-        )
+        name: replace(w, packed=pack(unpack(w.packed, w.k, w.packing), packing), packing=packing)
         for name, w in stacks.matrices.items()
     }
     return replace(stacks, **matrices)
@@ -95,7 +95,7 @@ def _norm(x: np.ndarray, gain: Any, eps: float) -> np.ndarray:
 
 
 class Oracle:
-    """The step in float64, from the definitions; inputs of products are quantised as BitNet says."""
+    """The step in float64, from the definitions; products quantise their inputs as BitNet does."""
 
     def __init__(self, stacks: LayerStacks, rounding: np.random.Generator) -> None:
         """``rounding`` moves values by a millionth: codes at a tie may fall either way."""
@@ -109,7 +109,9 @@ class Oracle:
         digits = np.clip(np.rint(moved * (127 / top)), -128, 127)
         return digits @ codes.T * (top / 127) * float(weight.scale[layer])
 
-    def attend(self, layer: int, qkv: list[np.ndarray], cache: Any, positions: Any, angles: Any) -> Any:
+    def attend(
+        self, layer: int, qkv: list[np.ndarray], cache: Any, positions: Any, angles: Any
+    ) -> Any:
         cos, sin = (np.asarray(a, np.float64)[:, 0, None] for a in angles)
         keys, values = (np.asarray(x, np.float64)[layer] for x in (cache.keys, cache.values))
         width = keys.shape[-1]
@@ -178,6 +180,14 @@ def test_is_what_float64_says(case: Case, packing: Packing) -> None:
     stored = np.asarray(new.keys)[:, row, :, np.asarray(positions)[:, 0]].swapaxes(0, 1)
     bound = 4 * np.abs(one[1] - two[1]).max() + 1e-4 * np.abs(one[1]).max()
     np.testing.assert_allclose(stored, one[1], atol=bound)
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    """Pools of 1, 2 and 8 threads, all at once, each called by three threads at once."""
+    running = [start("decoding_threads", NPROC=str(count)) for count in (1, 2, 8)]
+    digests = [json.loads(output(process)) for process in running]
+    assert len(digests[0]) == 1
+    assert digests[1:] == digests[:1] * 2
 
 
 def test_says_what_it_does_not_take() -> None:
