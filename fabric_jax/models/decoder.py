@@ -206,11 +206,15 @@ class Decoder(nnx.Module):
         which each row has its own.
         """
         views = cache_views(self.config, positions, slots or cache.capacity)
-        stacks = layer_stacks(self.layers, self.config, cache, tokens.shape, self.whole_step)
-        if stacks is not None:
-            angles, scale = views.of_global.angles, self.config.attention_scale
-            h = self.embed(tokens)
-            h, cache = decode_layers(h, stacks, cache, positions, angles=angles, scale=scale)
+        whole = layer_stacks(self.layers, self.config, cache, tokens.shape, self.whole_step)
+        if whole is not None:
+            stacks, implementation = whole
+            h, cache = decode_layers(
+                *(self.embed(tokens), stacks, cache, positions),
+                angles=views.of_global.angles,
+                scale=self.config.attention_scale,
+                implementation=implementation,
+            )
             return self.final_norm(h), cache
         hidden, cache_or_none = self._run(tokens, positions, views, cache, None, adapter_ids)
         assert cache_or_none is not None

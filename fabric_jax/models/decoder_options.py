@@ -54,8 +54,8 @@ class DecoderOptions:
             for the backward pass is then left where it was computed; a loop copies it into stacks,
             which it fills with zeros before. Faster on accelerators; compilation grows with depth.
         whole_step: decode through all layers in one launch (``fabric_kernels.decoding``), on CUDA
-            GPUs, of a few rows and without adapters; where that is not possible, True raises. None:
-            on Hopper, of one row, where it is possible.
+            GPUs and, in float32, on CPU, of a few rows and without adapters; where that is not
+            possible, True raises. None: on Hopper and on CPU, of one row, where it is possible.
     """
 
     mode: BaseMode = "packed"

@@ -1,9 +1,9 @@
 """A decoder's layers as a step of decoding through all of them takes them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
 import jax.numpy as jnp
-from fabric_kernels.decoding import LayerStacks, picks_itself, why_not
+from fabric_kernels.decoding import Implementation, LayerStacks, picks_itself, why_not
 from fabric_kernels.ternary_matmul import resolve, select_implementation
 
 from fabric_jax.errors import FabricError
@@ -21,8 +21,8 @@ def layer_stacks(
     cache: KVCache,
     shape: tuple[int, ...],
     wanted: bool | None,
-) -> LayerStacks | None:
-    """The layers for ``decode_layers``, a row a token; None where they go one by one.
+) -> tuple[LayerStacks, Implementation] | None:
+    """The layers for ``decode_layers`` and what runs them; None where they go one by one.
 
     Args:
         layers: with stacks as parameters, no adapters.
@@ -32,25 +32,31 @@ def layer_stacks(
         wanted: ``DecoderOptions.whole_step``.
 
     Raises:
-        FabricError: it is wanted and not for such layers: Triton's kernels would not run every
-            product, or the layers are not Llama's or BitNet's (norms of heads or of what is added,
-            windows).
+        FabricError: it is wanted and not for such layers: neither Triton's kernels nor the CPU's
+            would run every product, or the layers are not Llama's or BitNet's (norms of heads or of
+            what is added, windows).
     """
     rows, length = shape
-    if length > 1 or wanted is False or (wanted is None and not picks_itself(rows)):
+    if length > 1 or wanted is False:
         return None
-    stacks = None
     reason = _why_not(layers, config, rows)
     if reason is None:
-        stacks = _stacks(layers, config)
-        reason = why_not(stacks, cache, rows)
-    if reason is None:
-        return stacks
+        implementation = _implementation(layers, rows)
+        if implementation not in get_args(Implementation):
+            reason = f"products of {rows} rows that {implementation} runs"
+        else:
+            chosen = cast(Implementation, implementation)
+            if wanted is None and not picks_itself(rows, chosen):
+                return None
+            stacks = _stacks(layers, config)
+            reason = why_not(stacks, cache, rows, chosen)
+            if reason is None:
+                return stacks, chosen
     if wanted is None:
         return None
     raise FabricError(
         "a step of decoding can't go through all layers in one launch here",
-        expected="Triton's kernels, ternary2, layers as Llama's or BitNet's, no adapters",
+        expected="Triton's kernels or the CPU's, layers as Llama's or BitNet's, no adapters",
         found=reason,
         fix="leave whole_step out",
     )
@@ -90,9 +96,12 @@ def _why_not(layers: "Block", config: ModelConfig, rows: int) -> str | None:
         return "norms with an offset"
     if options.sides is not None or not takes_prologue(linears, empty, None):
         return "other weights than packed ones alone, or another quantiser"
-    implementation = select_implementation(options.implementation)
-    for linear in linears:
-        runs = resolve(implementation, "linear", rows, linear.packed(None))
-        if runs != "triton":
-            return f"products of {rows} rows that {runs} runs"
     return None
+
+
+def _implementation(layers: "Block", rows: int) -> str:
+    """What runs the products; where they differ, all of them."""
+    linears = _linears(layers)
+    named = select_implementation(linears[0].options.implementation)
+    runs = {resolve(named, "linear", rows, linear.packed(None)) for linear in linears}
+    return " and ".join(sorted(runs))

@@ -33,6 +33,7 @@ TARGETS = {
     "fabric_attention": "FabricAttention",
     "fabric_attention_transposed": "FabricAttentionTransposed",
     "fabric_cached_attention": "FabricCachedAttention",
+    "fabric_decode_layers": "FabricDecodeLayers",
 }
 """Names of the calls for ``jax.ffi.ffi_call``, and the library's symbols."""
 

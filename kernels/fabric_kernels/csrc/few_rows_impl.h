@@ -281,27 +281,28 @@ void StoreFewRows(const Job& job, const Operand& operand, const FewRowsSums& sum
   }
 }
 
-void RunFewRows(const Job& job, const Operand& operand, int64_t unit, int64_t first,
-                int64_t tokens) {
-  for (int g = 0; g < job.groups; ++g) {
+FewRowsRange RangeOf(const Job& job, int64_t unit) {
+  for (int g = 0;; ++g) {
     const Matrix& matrix = job.matrix[g];
     const int64_t size = FewRowsUnit(matrix), units = CeilDiv(matrix.rows, size);
-    if (unit >= units) {
-      unit -= units;
-      continue;
-    }
-    const int64_t end = std::min(matrix.rows, (unit + 1) * size);
-    if (operand.rows == 1 && Isa::kWideDot && job.k < kOneRowCodes) {
-      return RunOneRow(job, operand, g, unit * size, end, first);
-    }
-    for (int64_t n = unit * size; n < end; n += kWeightRows) {
-      WeightRows rows;
-      PointAt(matrix, n, rows);
-      FewRowsSums sums;
-      FewRowsDispatch(job, operand, rows, matrix.row_bytes, Ahead(matrix), sums);
-      StoreFewRows(job, operand, sums, g, n, std::min<int64_t>(kWeightRows, end - n), first,
-                   tokens);
-    }
-    return;
+    if (unit < units) return {g, unit * size, std::min(matrix.rows, (unit + 1) * size)};
+    unit -= units;
+  }
+}
+
+void RunFewRows(const Job& job, const Operand& operand, int64_t unit, int64_t first,
+                int64_t tokens) {
+  const FewRowsRange range = RangeOf(job, unit);
+  const Matrix& matrix = job.matrix[range.group];
+  if (operand.rows == 1 && Isa::kWideDot && job.k < kOneRowCodes) {
+    return RunOneRow(job, operand, range.group, range.begin, range.end, first);
+  }
+  for (int64_t n = range.begin; n < range.end; n += kWeightRows) {
+    WeightRows rows;
+    PointAt(matrix, n, rows);
+    FewRowsSums sums;
+    FewRowsDispatch(job, operand, rows, matrix.row_bytes, Ahead(matrix), sums);
+    const int64_t count = std::min<int64_t>(kWeightRows, range.end - n);
+    StoreFewRows(job, operand, sums, range.group, n, count, first, tokens);
   }
 }

@@ -66,6 +66,13 @@ struct Operand {
   float* factors;     // [M]: the float that a row's integer result is multiplied by
 };
 
+// The rows [begin, end) of a matrix that a piece of a product of few rows computes.
+struct FewRowsRange {
+  int group;
+  int64_t begin;
+  int64_t end;
+};
+
 struct Kernels {
   const char* name;
   int tile_rows;
@@ -80,6 +87,7 @@ struct Kernels {
   int64_t (*units)(const Job&, bool few_rows);
   void (*run_unit)(const Job&, const Operand&, int64_t unit, int64_t first, int64_t tokens);
   void (*run_few_rows)(const Job&, const Operand&, int64_t unit, int64_t first, int64_t tokens);
+  FewRowsRange (*few_rows_range)(const Job&, int64_t unit);
   // out [rank, width] = narrow[rows, rank]^T x[rows, width], in pieces of columns.
   int64_t (*outer_units)(int64_t width);
   void (*outer)(const float* narrow, const float* x, int64_t rows, int64_t rank, int64_t width,

@@ -23,8 +23,9 @@ inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 #include "peaks_impl.h"
 
 constexpr Kernels MakeTable(const char* name) {
-  return {name,     Isa::kTileRows, kLanes,      &Steps,       &OperandBytes, &Prepare,
-          &Units,   &RunUnit,       &RunFewRows, &OuterUnits,  &OuterUnit,    kOuterColumns,
+  return {name,     Isa::kTileRows, kLanes,      &Steps,      &OperandBytes, &Prepare,
+          &Units,   &RunUnit,       &RunFewRows, &RangeOf,    &OuterUnits,   &OuterUnit,
+          kOuterColumns,
           &kTableKernels, &kNormKernels, &attention::kTable,
           &cached_attention::kTable, &kPeakKernels};
 }

@@ -24,8 +24,8 @@ from fabric_kernels.attention.triton_cached import (
     mean_values,
     write_halves,
 )
-from fabric_kernels.decoding.api import LayerStacks
 from fabric_kernels.decoding.grid_barrier import arrive, wait
+from fabric_kernels.decoding.stacks import LayerStacks
 from fabric_kernels.norm import Gate
 from fabric_kernels.ternary_matmul.triton_few_tokens import (
     Codes,

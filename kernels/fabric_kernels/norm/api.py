@@ -16,7 +16,7 @@ from fabric_kernels.norm import triton
 
 Implementation = Literal["xla", "cpu", "triton"]
 Gate = Literal["silu", "relu2"]
-_GATES: dict[Gate | None, np.int32] = {
+GATES: dict[Gate | None, np.int32] = {
     None: np.int32(0),
     "silu": np.int32(1),
     "relu2": np.int32(2),
@@ -114,7 +114,7 @@ _Operands = tuple[jax.Array, jax.Array, jax.Array]
 def _cpu(how: _How, x: jax.Array, up: jax.Array, gain: jax.Array) -> jax.Array:
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     call = jax.ffi.ffi_call("fabric_norm", out, vmap_method="sequential")
-    return call(x, up, gain, gate=_GATES[how[0]], eps=np.float32(how[1]))
+    return call(x, up, gain, gate=GATES[how[0]], eps=np.float32(how[1]))
 
 
 def _cpu_fwd(
@@ -127,7 +127,7 @@ def _cpu_bwd(how: _How, operands: _Operands, dy: jax.Array) -> _Operands:
     x, up, gain = operands
     shapes = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (x, up)]
     call = jax.ffi.ffi_call("fabric_norm_gradient", shapes, vmap_method="sequential")
-    dx, d_up = call(x, up, gain, dy, gate=_GATES[how[0]], eps=np.float32(how[1]))
+    dx, d_up = call(x, up, gain, dy, gate=GATES[how[0]], eps=np.float32(how[1]))
     # Of no use where the gain is frozen; the compiler then leaves it out.
     if gain.size == 0:
         return dx, d_up, gain

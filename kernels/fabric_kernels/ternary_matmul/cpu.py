@@ -23,7 +23,7 @@ from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 Bits = Literal[16, 24]
 MAX_GROUPS = 4
-_FORMATS: dict[Packing, np.int32] = {"ternary2": np.int32(0), "ternary1.6": np.int32(1)}
+FORMATS: dict[Packing, np.int32] = {"ternary2": np.int32(0), "ternary1.6": np.int32(1)}
 
 
 def matmul(x: jax.Array, weight: TernaryWeight) -> jax.Array:
@@ -129,7 +129,7 @@ def _codes(packing: Packing, n: int) -> Callable[..., jax.Array]:
     def call(x: jax.Array, layer: jax.Array, packed: jax.Array) -> jax.Array:
         out = jax.ShapeDtypeStruct((*x.shape[:-1], n), jnp.int32)
         return jax.ffi.ffi_call("fabric_ternary_codes", out)(
-            x, layer, packed, format=_FORMATS[packing]
+            x, layer, packed, format=FORMATS[packing]
         )
 
     return _rows_fold(call)
@@ -154,7 +154,7 @@ def _linear(
             x,
             layer,
             *operands,
-            format=_FORMATS[packing],
+            format=FORMATS[packing],
             digits=np.int32(digits),
             scales=np.array(scales, np.float32),
         )
@@ -185,7 +185,7 @@ def _transposed(
             layer,
             x,
             *operands,
-            format=_FORMATS[packing],
+            format=FORMATS[packing],
             digits=np.int32(digits),
             scales=np.array(scales, np.float32),
         )
