@@ -1,4 +1,4 @@
-"""How fast does the processor beside a GPU generate? What is claimed of GPUs is of one machine.
+"""How fast does the processor beside a GPU generate, if a GPU is held against its own host?
 
     fabric-jax sweep experiments.host_decode --platform cpu --out DIR
 

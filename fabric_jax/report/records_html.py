@@ -14,6 +14,7 @@ from fabric_jax.sweeps.records import Record
 ELSEWHERE = (
     *("schema", "digest", "experiment", "question", "name", "platform", "kind", "status"),
     *("command", "cell", "figure", "columns", "device", "environment", "started", "seconds"),
+    *("metrics", "code"),
 )
 
 
@@ -48,24 +49,34 @@ def _device(text: str, name: str, number: int) -> str:
 
 def _sweep(records: Sequence[Record], numbers: dict[str, int]) -> str:
     """What the records of a sweep share, and each of them."""
-    cell = _same([record.cell for record in records])
-    environment = _same([record.environment for record in records])
+    tables = [_tables(record) for record in records]
+    same = {name: _same([table[name] for table in tables]) for name in tables[0]}
     commands = Counter(_command_without_name(record) for record in records)
     command = commands.most_common(1)[0][0]
     said = [f"Made again, one by one, by <code>{escaped(command)}</code> and the record's name."]
-    for what, shared in (("Every cell", cell), ("Every process", environment)):
+    for name, shared in same.items():
         if shared:
-            said.append(f"{what}: <code>{escaped(_json(shared))}</code>")
+            said.append(f"Every record's {name}: <code>{escaped(_json(shared))}</code>")
     heading = f'<p class="small">{" ".join(said)}</p>'
     lines = [
         _record(
-            one,
-            {"cell": _rest(one.cell, cell), "environment": _rest(one.environment, environment)},
-            made=_made(one, command, numbers[_machine(one)]),
+            record,
+            {name: _rest(table[name], same[name]) for name in table},
+            made=_made(record, command, numbers[_machine(record)]),
         )
-        for one in records
+        for record, table in zip(records, tables, strict=True)
     ]
     return "\n".join([heading, *lines])
+
+
+def _tables(record: Record) -> dict[str, dict[str, Any]]:
+    """What records of a sweep may share, entry by entry."""
+    return {
+        "cell": record.cell,
+        "environment": record.environment,
+        "metrics": record.metrics,
+        "sources": {"code": record.code},
+    }
 
 
 def _same(tables: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from fabric_jax.quickstart.run import run_quickstart
 from fabric_jax.quickstart.settings import QuickstartConfig, Recipe
 from fabric_jax.training.config import FinetuneConfig
 
+# One worker, so that the miniature is trained once.
+pytestmark = pytest.mark.xdist_group("quickstart")
+
 MINIATURE = Recipe(
     drugs=6,
     held_out=1,

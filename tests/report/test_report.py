@@ -317,3 +317,23 @@ def test_what_records_of_a_sweep_share_is_said_once(folder: Folder, make_record:
     assert records.count('"model":"the only model"') == 1
     assert 'cell: {"rank":4}' in records
     assert 'cell: {"rank":8}' in records
+
+
+def test_a_gpu_is_held_against_its_own_host(folder: Folder, make_record: Make) -> None:
+    cell = {"model": "bitnet-1b", "packing": "ternary2", "batch": 1}
+
+    def record(experiment: str, platform: str, cpu: str, speed: float, **more: Any) -> Record:
+        device = {"platform": platform, "kind": platform, "cpu": cpu, "cores": 2}
+        metrics = {"decode_tokens_per_second": speed, "first_token_seconds": 0.1, "of_limit": 0.5}
+        return make_record(experiment, platform, cell, metrics, device=device, **more)
+
+    # The same cell on another machine's processor is no host of this GPU.
+    path = folder(
+        record("decode_throughput", "cuda", "its processor", 500.0),
+        record("decode_throughput", "cpu", "another", 400.0),
+        record("host_decode", "cpu", "its processor", 100.0),
+        record("host_decode", "cpu", "another", 400.0, digest="0" * 16),
+    )
+    (found,) = (v for claim, v in verdicts(path).items() if "faster on a GPU" in claim)
+    assert found.verdict == "holds under these conditions"
+    assert [value.text for _, value in found.evidence] == ["500", "100"]

@@ -232,7 +232,7 @@ def _product(
         operands.append(jnp.pad(factor, (0, max(0, _up(rows, tiles.tokens) - len(factor)))))
     outputs = _up(packed.shape[1], SWIZZLE // dtype.itemsize)
     if share is not None:
-        right = max(tiles.width, _up(n, TILE_ROWS)) - n
+        right = max(tiles.width, _up(n, mosaic_gpu_share.RANK)) - n
         operands.append(jnp.pad(share.narrow, ((0, rows - m), (0, 0))))
         operands.append(jnp.pad(share.b, ((0, 0), (0, right))))
     start = None if share is None else share.start
