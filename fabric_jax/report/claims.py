@@ -123,24 +123,38 @@ def _phone(index: Index) -> Verdict:
     return _verdict(claim, _tone(fitting, total), reasons, evidence)
 
 
+GENERATION = ("decode_tokens_per_second", "tokens_per_second")
+HOST_CELL = ("model", "packing", "batch")
+
+
+def _with_their_hosts(index: Index) -> list[tuple[Record, Record]]:
+    """Generation on GPUs, each with the same cell on the processor of that machine."""
+    return [
+        (device, host)
+        for device in index.find("decode_throughput", "cuda")
+        for host in index.find(
+            "host_decode", "cpu", **{key: device.cell.get(key) for key in HOST_CELL}
+        )
+        if number(device, *GENERATION)
+        and number(host, *GENERATION)
+        and device.device.get("cpu") == host.device.get("cpu")
+    ]
+
+
 def _gpu_over_cpu(index: Index) -> Verdict:
     """Generation on a GPU against the CPU of the same host."""
     evidence: list[tuple[str, Value]] = []
     ratios: list[float] = []
-    names = ("decode_tokens_per_second", "tokens_per_second")
-    for device in index.find("decode_throughput", "cuda"):
-        same_cell = {key: device.cell.get(key) for key in ("model", "packing", "batch")}
-        for host in index.find("host_decode", "cpu", **same_cell):
-            fast, slow = number(device, *names), number(host, *names)
-            same = device.device.get("cpu") == host.device.get("cpu")
-            if fast is None or slow is None or not same:
-                continue
-            ratios.append(fast / slow)
-            label = " ".join(str(value) for value in same_cell.values() if isinstance(value, str))
-            evidence += [
-                (f"{label} on the GPU", Value(short(fast), device.digest)),
-                (f"{label} on its host's CPU", Value(short(slow), host.digest)),
-            ]
+    measured = _with_their_hosts(index)
+    for device, host in measured:
+        fast, slow = (number(record, *GENERATION) or 0.0 for record in (device, host))
+        ratios.append(fast / slow)
+        cell = (device.cell.get(key) for key in HOST_CELL)
+        label = " ".join(value for value in cell if isinstance(value, str))
+        evidence += [
+            (f"{label} on the GPU", Value(short(fast), device.digest)),
+            (f"{label} on its host's CPU", Value(short(slow), host.digest)),
+        ]
     theirs = published()["decode_tokens_per_second"]
     pairs = (("pixel9_mali_gpu", "pixel9_cpu"), ("s25_adreno_gpu", "s25_cpu"))
     printed = [
@@ -155,6 +169,11 @@ def _gpu_over_cpu(index: Index) -> Verdict:
         f"is {min(printed):.1f} to {max(printed):.1f}, of phones' GPUs and CPUs, which were not "
         "measured here.",
     ]
+    if ratios:
+        gpu, cpu = (device_name(records) for records in zip(*measured, strict=True))
+        reasons.append(
+            f"Measured: {min(ratios):.1f} to {max(ratios):.1f} times, {gpu} against {cpu}."
+        )
     holding = sum(ratio >= 2.1 for ratio in ratios)
     tone = _tone(holding, len(ratios))
     if tone == "good":

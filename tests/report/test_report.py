@@ -337,3 +337,4 @@ def test_a_gpu_is_held_against_its_own_host(folder: Folder, make_record: Make) -
     (found,) = (v for claim, v in verdicts(path).items() if "faster on a GPU" in claim)
     assert found.verdict == "holds under these conditions"
     assert [value.text for _, value in found.evidence] == ["500", "100"]
+    assert any("5.0 to 5.0 times, cuda against its processor" in text for text in found.reasons)
