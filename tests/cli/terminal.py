@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 # Makes standard input the controlling terminal, so that Ctrl-C is a signal.
 _TAKE_TERMINAL = """
@@ -51,6 +52,18 @@ class Terminal:
     def type(self, text: str) -> None:
         """Keys, as they are; ``\\x03`` is Ctrl-C, ``\\x04`` Ctrl-D."""
         os.write(self._own, text.encode())
+
+    def wait_until_it_reads(self, seconds: float = 20) -> None:
+        """Until the main thread sleeps, as it does where a prompt waits for keys.
+
+        A signal between the showing of a prompt and the reading comes to readline only with the
+        next key. No hand is that fast; a test is.
+        """
+        end = time.monotonic() + seconds
+        state = Path(f"/proc/{self.process.pid}/stat")
+        while state.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end, f"it does not sleep after: {self.shown[-200:]!r}"
+            time.sleep(0.01)
 
     def leave(self, seconds: float = 20) -> int:
         """The exit code of a program that is ending."""

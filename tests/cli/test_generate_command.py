@@ -123,7 +123,9 @@ def test_a_conversation_in_a_terminal(terminal: Terminal):
     assert "Traceback" not in answer
     terminal.type("/nonsense\n")
     assert "/reset" in terminal.wait_for("\n> ")
+    terminal.wait_until_it_reads()
     terminal.type("half a line\x03")
     assert "once more" in terminal.wait_for("\n> ")
+    terminal.wait_until_it_reads()
     terminal.type("\x03")
     assert terminal.leave() == 0

@@ -18,10 +18,12 @@ import pytest
 from fabric_kernels.build_cpu_library import SOURCES, BuildError, find_compiler
 
 NATIVE = Path(__file__).with_name("native")
-KERNELS = [*sorted(SOURCES.glob("kernels_*.cpp")), *sorted(NATIVE.glob("kernels_*.cpp"))]
+STEP = SOURCES / "decode_step.cpp"
+KERNELS = [*sorted(SOURCES.glob("kernels_*.cpp")), STEP, *sorted(NATIVE.glob("kernels_*.cpp"))]
 REFERENCE = [SOURCES / "select.cpp", NATIVE / "main.cpp", *sorted(NATIVE.glob("check_*.cpp"))]
 ISAS = ("avx512vnni", "avxvnni", "avx2", "neon", "portable")  # fastest first
 SANITIZERS = ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREADS = ("-O1", "-fsanitize=thread", "-pthread")
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 # One worker, so that the program is compiled once: that is most of the time.
@@ -92,20 +94,38 @@ class Program:
         return run((*self.command, "name"), FABRIC_KERNELS_ISA=isa).stdout.strip()
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    """With sanitizers, for this machine."""
-    folder = tmp_path_factory.mktemp("native")
+def compiler_with(flags: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """The compiler, if its programs run with these flags; else the test is skipped."""
     try:
         compiler = find_compiler().command
     except BuildError as error:
         pytest.skip(str(error))
     probe = folder / "probe.cpp"
     probe.write_text("int main() {}\n")
-    if run((*compiler, *SANITIZERS, probe, "-o", folder / "probe")).returncode != 0:
+    if run((*compiler, *flags, probe, "-o", folder / "probe")).returncode != 0:
         pytest.skip("the compiler has no sanitizers")
+    if run((folder / "probe",)).returncode != 0:
+        pytest.skip(f"programs with {' '.join(flags)} don't start here")
+    return compiler
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """With sanitizers, for this machine."""
+    folder = tmp_path_factory.mktemp("native")
+    compiler = compiler_with(SANITIZERS, folder)
     objects = compile_all(compiler, SANITIZERS, folder)
     return Program(command=(str(link(compiler, SANITIZERS, objects, folder / "check")),))
+
+
+def test_threads_of_a_step_of_decoding_do_not_race(tmp_path: Path):
+    compiler = compiler_with(THREADS, tmp_path)
+    sources = ("kernels_portable.cpp", STEP.name, "scratch.cpp")
+    command = (*compiler, "-std=c++17", *THREADS, "-I", SOURCES, "-o", tmp_path / "race")
+    done = run((*command, *(SOURCES / name for name in sources), NATIVE / "race_decode.cpp"))
+    assert done.returncode == 0, done.stdout
+    done = run((tmp_path / "race",))
+    assert (done.returncode, done.stdout) == (0, "20 steps\n")
 
 
 @pytest.mark.parametrize("isa", ISAS)

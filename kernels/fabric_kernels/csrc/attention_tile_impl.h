@@ -10,7 +10,8 @@ constexpr int kGranule = 8;                         // keys that are masked or s
 static_assert(kQueries % kPanel == 0 && kQueries % kRows == 0 && kGranule % kRows == 0);
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
+// Unsigned: sums of bits wrap in lanes whose result is not used.
+typedef uint32_t BitLanes __attribute__((vector_size(4 * kLanes)));
 constexpr int kVectors = kQueries / kLanes;
 
 inline Lanes Load(const float* p) {
@@ -45,8 +46,8 @@ inline Lanes Exp(Lanes x) {
   p = MultiplyAdd(p, r, Splat(1.6666665459e-1f));
   p = MultiplyAdd(p, r, Splat(5.0000001201e-1f));
   p = MultiplyAdd(p * r, r, r) + Splat(1.0f);
-  const IntLanes scaled = (IntLanes)p + ((IntLanes)shifted << 23);
-  return (Lanes)(scaled & ~(IntLanes)(x < Splat(-87.0f)));
+  const BitLanes scaled = (BitLanes)p + ((BitLanes)shifted << 23);
+  return (Lanes)(scaled & ~(BitLanes)(x < Splat(-87.0f)));
 }
 
 // A tile of kRows rows and kPanel columns: c[r][j] = sum over steps of a[r][step] b[step][j], added

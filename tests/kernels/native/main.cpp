@@ -59,6 +59,7 @@ int main(int argc, char** argv) {
   CheckOuter(*kernels, random, report);
   CheckTable(*kernels, random, report);
   CheckAttention(*kernels, random, report);
+  CheckDecode(*kernels, report);
   if (report.failures() > 0) {
     std::printf("%s: %lld of %lld results are wrong\n", kernels->name,
                 static_cast<long long>(report.failures()),

@@ -56,3 +56,4 @@ void CheckTernary(const fabric::Kernels& kernels, Random& random, Report& report
 void CheckOuter(const fabric::Kernels& kernels, Random& random, Report& report);
 void CheckTable(const fabric::Kernels& kernels, Random& random, Report& report);
 void CheckAttention(const fabric::Kernels& kernels, Random& random, Report& report);
+void CheckDecode(const fabric::Kernels& kernels, Report& report);
