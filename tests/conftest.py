@@ -8,11 +8,12 @@ from types import ModuleType
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-# The suite spends most of its time compiling small programs that run once. Long tests are better
-# off with optimised ones: `make test-slow` sets XLA_FLAGS to nothing.
+# The suite spends most of its time compiling small programs that run once, so it asks for what
+# compiles fastest. `make test-slow` sets XLA_FLAGS to nothing: long tests run what users run.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
 
 import jax

@@ -58,7 +58,7 @@ def test_has_the_bits_of_its_steps(case: Case, packing: Packing) -> None:
     assert_equal_bits(case, packing)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     hidden=st.integers(1, 40).map(lambda n: 4 * n),
     kv_heads=st.integers(1, 3),

@@ -43,7 +43,8 @@ def test_activations_equal_transformers(
     expected.sum().backward()
     y, pull = jax.vjp(ACTIVATIONS[name], jnp.asarray(X))
     np.testing.assert_allclose(y, expected.detach().numpy(), rtol=2e-6, atol=1e-6)
-    np.testing.assert_allclose(pull(jnp.ones_like(y))[0], x.grad.numpy(), rtol=5e-6, atol=5e-6)
+    # A tanh near -1 that is off by some ulps is multiplied by nine in the gradient of gelu.
+    np.testing.assert_allclose(pull(jnp.ones_like(y))[0], x.grad.numpy(), rtol=5e-6, atol=1.5e-5)
 
 
 @pytest.mark.parametrize("sub_norm", [False, True], ids=["plain", "sub-norm"])
