@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fabric_kernels import Packing, cpu_library
+from fabric_kernels.large_pages import move_to_large_pages
 from fabric_kernels.ternary_matmul import Implementation, select_implementation
 from fabric_kernels.ternary_matmul.peaks import make_peaks, pool_threads
 from jax import lax
@@ -139,7 +140,7 @@ def measure_as(cell: Settings, definition: DecoderDefinition) -> dict[str, Any]:
     jax.devices()  # starts the device before the turn
     # A single repeat is there to compile.
     with own_turn() if settings.repeats > 1 else nullcontext():
-        found = measure_generation(settings, definition, initialize_base(definition, 0))
+        found = measure_generation(settings, definition, weights_of(definition))
     return {
         "decode_tokens_per_second": found["decode_tokens_per_s"],
         "prefill_tokens_per_second": found["prefill_tokens_per_s"],
@@ -153,6 +154,13 @@ def measure_as(cell: Settings, definition: DecoderDefinition) -> dict[str, Any]:
         "implementation": found["runs"],
         "settings": {"dtype": settings.dtype},
     }
+
+
+def weights_of(definition: DecoderDefinition) -> Tree:
+    """Random ones, where ``load_model`` has them."""
+    base = initialize_base(definition, 0)
+    move_to_large_pages(base)
+    return base
 
 
 def measure_generation(
@@ -280,7 +288,7 @@ def run(cells: Sequence[Settings]) -> list[dict[str, Any]]:
             if made is None or made[0] != weights:
                 made = None
                 definition = definition_of(cell)
-                made = (weights, definition, initialize_base(definition, 0))
+                made = (weights, definition, weights_of(definition))
             record = measure_generation(cell, *made[1:])
         except (FabricError, jax.errors.JaxRuntimeError) as error:
             record = {**asdict(cell), "error": str(error).splitlines()[0][:300]}

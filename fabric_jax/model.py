@@ -10,6 +10,7 @@ from typing import Literal, Unpack, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fabric_kernels.large_pages import move_to_large_pages
 from fabric_kernels.ternary_matmul import Implementation
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int
@@ -421,6 +422,8 @@ def load_model(
             embedding_dtype=embedding_dtype,
             implementation=implementation,
         )
+        if devices is None:
+            move_to_large_pages(loaded.base)
         if several:
             return _on_mesh(_with_adapters(loaded, cast(Sequence[str | Path], adapter)), devices)
         tree = {} if one is None else load_adapter(one, loaded.definition)

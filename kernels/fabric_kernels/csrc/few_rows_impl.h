@@ -4,6 +4,14 @@
 #pragma once
 
 constexpr int kWeightRows = 4;  // rows of weights in flight
+// With one row of digits. Two rows of ternary2 are read so nearly in order that the prefetchers of
+// memory follow, a sixth faster than four where pages are large; of one, the digits would be loaded
+// too often. ternary1.6 has fewer accumulators a row, and needs four for enough of them.
+template <Format kFormat>
+constexpr int kOneRowWeights = kFormat == Format::kTernary2 ? 2 : kWeightRows;
+// What is asked for ahead of its use, into the second-level cache: with half of it the answer comes
+// late, more is no faster.
+constexpr int64_t kAhead = 8192;
 
 // Rows of weights in one piece of work: about 64 KB of them.
 inline int64_t FewRowsUnit(const Matrix& matrix) {
@@ -17,20 +25,25 @@ constexpr int64_t kOneRowCodes = int64_t{kLanes} << 15;
 // sums[r][i] = digits of row r . fields of weight row i (codes + 1).
 using FewRowsSums = int32_t[kFewRows][kWeightRows];
 // The same of one row of digits, each sum still spread over the lanes of a vector.
-using OneRowSums = Vec[kWeightRows];
-using WeightRows = const uint8_t* [kWeightRows];
+template <Format kFormat>
+using OneRowSums = Vec[kOneRowWeights<kFormat>];
+template <int kCount>
+using WeightRows = const uint8_t* [kCount];
+template <Format kFormat>
+using OneRowRows = WeightRows<kOneRowWeights<kFormat>>;
 
 // The whole vectors of packed bytes of the rows, then once more the incomplete last one, copied and
 // followed by zeros: two passes of the same loop, which so has no case to tell apart. (A loop body
 // in a lambda would keep its accumulators in memory.)
+template <int kCount>
 struct Passes {
-  WeightRows at;
+  WeightRows<kCount> at;
   int64_t count;
   int64_t rest;
-  alignas(64) uint8_t tail[kWeightRows][kVecBytes];
+  alignas(64) uint8_t tail[kCount][kVecBytes];
 
-  Passes(const WeightRows& rows, int64_t begin, int64_t end) {
-    for (int i = 0; i < kWeightRows; ++i) at[i] = rows[i] + begin;
+  Passes(const WeightRows<kCount>& rows, int64_t begin, int64_t end) {
+    for (int i = 0; i < kCount; ++i) at[i] = rows[i] + begin;
     count = (end - begin) / kVecBytes;
     rest = (end - begin) % kVecBytes;
   }
@@ -38,7 +51,7 @@ struct Passes {
   bool Next() {
     if (rest == 0) return false;
     std::memset(tail, 0, sizeof(tail));
-    for (int i = 0; i < kWeightRows; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       std::memcpy(tail[i], at[i] + count * kVecBytes, size_t(rest));
       at[i] = tail[i];
     }
@@ -50,21 +63,22 @@ struct Passes {
 
 // ternary2, one row of digits. Fields are not shifted down: each plane has its own accumulator,
 // which is shifted once at the end (exact, since every product in it is a multiple of 4^j).
-void OneRowTernary2(const int32_t* digits, const WeightRows& rows, int64_t row_bytes,
-                    int64_t ahead, OneRowSums& sums) {
-  Vec acc[kWeightRows][4];
+void OneRowTernary2(const int32_t* digits, const OneRowRows<Format::kTernary2>& rows,
+                    int64_t row_bytes, int64_t ahead, OneRowSums<Format::kTernary2>& sums) {
+  constexpr int kCount = kOneRowWeights<Format::kTernary2>;
+  Vec acc[kCount][4];
 #pragma GCC unroll 4
   for (auto& row : acc) row[0] = row[1] = row[2] = row[3] = Isa::Zero();
   const Vec mask[4] = {Isa::Splat8(0x03), Isa::Splat8(0x0c), Isa::Splat8(0x30),
                        Isa::Splat8(0xc0)};
-  Passes passes(rows, 0, row_bytes);
+  Passes<kCount> passes(rows, 0, row_bytes);
   do {
     for (int64_t v = 0; v < passes.count; ++v, digits += 4 * kLanes) {
       Vec part[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) part[j] = Isa::Load(digits + j * kLanes);
 #pragma GCC unroll 4
-      for (int i = 0; i < kWeightRows; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         const uint8_t* at = passes.at[i] + v * kVecBytes;
         __builtin_prefetch(at + ahead, 0, 2);  // into the second level
         const Vec bytes = Isa::Load(at);
@@ -74,7 +88,7 @@ void OneRowTernary2(const int32_t* digits, const WeightRows& rows, int64_t row_b
     }
   } while (passes.Next());
 #pragma GCC unroll 4
-  for (int i = 0; i < kWeightRows; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     Vec total = Isa::Add32(acc[i][0], Isa::template ShiftRightArithmetic32<2>(acc[i][1]));
     total = Isa::Add32(total, Isa::template ShiftRightArithmetic32<4>(acc[i][2]));
     sums[i] = Isa::Add32(total, Isa::template ShiftRightArithmetic32<6>(acc[i][3]));
@@ -85,19 +99,20 @@ void OneRowTernary2(const int32_t* digits, const WeightRows& rows, int64_t row_b
 // is (3 r_j - r_{j+1}) / 256, so the dot product needs no digit on its own:
 //   256 * sum_j t_j a_j = 3 * sum_j r_j a_j - sum_j r_{j+1} a_j,
 // lane by lane, which divides by 256 without a remainder.
-void OneRowTernary1_6(const int32_t* digits, const WeightRows& rows, int64_t row_bytes,
-                      int64_t ahead, OneRowSums& sums) {
-  Vec current[kWeightRows], next[kWeightRows];
+void OneRowTernary1_6(const int32_t* digits, const OneRowRows<Format::kTernary1_6>& rows,
+                      int64_t row_bytes, int64_t ahead, OneRowSums<Format::kTernary1_6>& sums) {
+  constexpr int kCount = kOneRowWeights<Format::kTernary1_6>;
+  Vec current[kCount], next[kCount];
 #pragma GCC unroll 4
-  for (int i = 0; i < kWeightRows; ++i) current[i] = next[i] = Isa::Zero();
-  Passes passes(rows, 0, row_bytes);
+  for (int i = 0; i < kCount; ++i) current[i] = next[i] = Isa::Zero();
+  Passes<kCount> passes(rows, 0, row_bytes);
   do {
     for (int64_t v = 0; v < passes.count; ++v, digits += 5 * kLanes) {
       Vec part[5];
 #pragma GCC unroll 5
       for (int j = 0; j < 5; ++j) part[j] = Isa::Load(digits + j * kLanes);
 #pragma GCC unroll 4
-      for (int i = 0; i < kWeightRows; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         const uint8_t* at = passes.at[i] + v * kVecBytes;
         __builtin_prefetch(at + ahead, 0, 2);  // into the second level
         Vec r = Isa::Load(at);
@@ -111,7 +126,7 @@ void OneRowTernary1_6(const int32_t* digits, const WeightRows& rows, int64_t row
     }
   } while (passes.Next());
 #pragma GCC unroll 4
-  for (int i = 0; i < kWeightRows; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     const Vec three = Isa::Add32(current[i], Isa::Add32(current[i], current[i]));
     sums[i] = Isa::template ShiftRightArithmetic32<8>(Isa::Sub32(three, next[i]));
   }
@@ -119,8 +134,8 @@ void OneRowTernary1_6(const int32_t* digits, const WeightRows& rows, int64_t row
 
 // One to four rows of digits; what every instruction set and format can do.
 template <Format kFormat, int R>
-void FewRows(const int32_t* digits, int64_t row_stride, const WeightRows& rows, int64_t row_bytes,
-             int64_t ahead, FewRowsSums& sums) {
+void FewRows(const int32_t* digits, int64_t row_stride, const WeightRows<kWeightRows>& rows,
+             int64_t row_bytes, FewRowsSums& sums) {
   constexpr int kPlanes = Planes(kFormat);
   for (auto& row : sums) std::fill(std::begin(row), std::end(row), 0);
   // Bytes after which an accumulator must be widened.
@@ -133,13 +148,13 @@ void FewRows(const int32_t* digits, int64_t row_stride, const WeightRows& rows, 
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[i][r] = Isa::Zero();
     }
-    Passes passes(rows, begin, std::min(begin + flush, row_bytes));
+    Passes<kWeightRows> passes(rows, begin, std::min(begin + flush, row_bytes));
     do {
       for (int64_t v = 0; v < passes.count; ++v, digits += kPlanes * kLanes) {
 #pragma GCC unroll 4
         for (int i = 0; i < kWeightRows; ++i) {
           const uint8_t* at = passes.at[i] + v * kVecBytes;
-          __builtin_prefetch(at + ahead, 0, 2);  // into the second level
+          __builtin_prefetch(at + kAhead, 0, 2);  // into the second level
           Vec bytes = Isa::Load(at);
 #pragma GCC unroll 5
           for (int j = 0; j < kPlanes; ++j) {
@@ -161,61 +176,71 @@ void FewRows(const int32_t* digits, int64_t row_stride, const WeightRows& rows, 
 }
 
 template <Format kFormat>
-void FewRows(int64_t count, const int32_t* digits, int64_t row_stride, const WeightRows& rows,
-             int64_t row_bytes, int64_t ahead, FewRowsSums& sums) {
+void FewRows(int64_t count, const int32_t* digits, int64_t row_stride,
+             const WeightRows<kWeightRows>& rows, int64_t row_bytes, FewRowsSums& sums) {
   switch (count) {
     case 1:
-      return FewRows<kFormat, 1>(digits, row_stride, rows, row_bytes, ahead, sums);
+      return FewRows<kFormat, 1>(digits, row_stride, rows, row_bytes, sums);
     case 2:
-      return FewRows<kFormat, 2>(digits, row_stride, rows, row_bytes, ahead, sums);
+      return FewRows<kFormat, 2>(digits, row_stride, rows, row_bytes, sums);
     case 3:
-      return FewRows<kFormat, 3>(digits, row_stride, rows, row_bytes, ahead, sums);
+      return FewRows<kFormat, 3>(digits, row_stride, rows, row_bytes, sums);
     default:
-      return FewRows<kFormat, 4>(digits, row_stride, rows, row_bytes, ahead, sums);
+      return FewRows<kFormat, 4>(digits, row_stride, rows, row_bytes, sums);
   }
 }
 
-// Sixteen rows ahead, into the second-level cache: three times the speed of eight into the first.
-inline int64_t Ahead(const Matrix& matrix) { return 4 * kWeightRows * matrix.row_bytes; }
-
 // Rows of the matrix from n on; its last where there are no more.
-inline void PointAt(const Matrix& matrix, int64_t n, WeightRows& rows) {
-  for (int i = 0; i < kWeightRows; ++i) {
+template <int kCount>
+inline void PointAt(const Matrix& matrix, int64_t n, WeightRows<kCount>& rows) {
+  for (int i = 0; i < kCount; ++i) {
     rows[i] = matrix.bytes + std::min<int64_t>(n + i, matrix.rows - 1) * matrix.row_bytes;
   }
 }
 
-// What is prefetched with rows n.. of a matrix, in bytes from them: rows of the next one at the end.
+// What is prefetched with rows n.. of a matrix, in bytes from them; at its end rows of the next one.
 inline int64_t AheadOf(const Job& job, int group, int64_t n) {
   const Matrix& matrix = job.matrix[group];
-  const int64_t ahead = Ahead(matrix), left = (matrix.rows - n) * matrix.row_bytes;
-  if (ahead < left || group + 1 >= job.groups) return ahead;
+  const int64_t left = (matrix.rows - n) * matrix.row_bytes;
+  if (kAhead < left || group + 1 >= job.groups) return kAhead;
   const auto next = reinterpret_cast<intptr_t>(job.matrix[group + 1].bytes);
-  return next + (ahead - left) - (reinterpret_cast<intptr_t>(matrix.bytes) + n * matrix.row_bytes);
+  return next + (kAhead - left) - (reinterpret_cast<intptr_t>(matrix.bytes) + n * matrix.row_bytes);
+}
+
+// The sums of kLanes rows of a matrix from n on, each still spread over lanes.
+template <Format kFormat>
+void OneRowLanes(const Job& job, const Operand& operand, int group, int64_t n,
+                 Vec (&lanes)[kLanes]) {
+  constexpr int kCount = kOneRowWeights<kFormat>;
+  static_assert(kLanes % kCount == 0);
+  const Matrix& matrix = job.matrix[group];
+  for (int i = 0; i < kLanes; i += kCount) {
+    WeightRows<kCount> rows;
+    PointAt<kCount>(matrix, n + i, rows);
+    const int64_t ahead = AheadOf(job, group, n + i);
+    OneRowSums<kFormat> sums;
+    if constexpr (kFormat == Format::kTernary2) {
+      OneRowTernary2(operand.dwords, rows, matrix.row_bytes, ahead, sums);
+    } else {
+      OneRowTernary1_6(operand.dwords, rows, matrix.row_bytes, ahead, sums);
+    }
+    for (int r = 0; r < kCount; ++r) lanes[i + r] = sums[r];
+  }
 }
 
 // Rows [n, end) of a matrix by one row of digits. As many sums as a vector has lanes are turned and
 // added up together: one by one that takes as long as the products of a short row.
 void RunOneRow(const Job& job, const Operand& operand, int group, int64_t n, int64_t end,
                int64_t first) {
-  constexpr int kTurned = std::max(kWeightRows, kLanes);
-  static_assert(kTurned == kLanes);
   const Matrix& matrix = job.matrix[group];
   const Vec offset = Isa::Splat32(operand.sums[0]);
   const float factor = operand.factors[0] * matrix.scale;
   for (; n < end; n += kLanes) {
     Vec lanes[kLanes];
-    for (int i = 0; i < kLanes; i += kWeightRows) {
-      WeightRows rows;
-      PointAt(matrix, n + i, rows);
-      const int64_t ahead = AheadOf(job, group, n + i);
-      OneRowSums sums;
-      if (job.format == Format::kTernary2) {
-        OneRowTernary2(operand.dwords, rows, matrix.row_bytes, ahead, sums);
-      } else {
-        OneRowTernary1_6(operand.dwords, rows, matrix.row_bytes, ahead, sums);
-      }
-      for (int r = 0; r < kWeightRows; ++r) lanes[i + r] = sums[r];
+    if (job.format == Format::kTernary2) {
+      OneRowLanes<Format::kTernary2>(job, operand, group, n, lanes);
+    } else {
+      OneRowLanes<Format::kTernary1_6>(job, operand, group, n, lanes);
     }
     Isa::Transpose(lanes);
 #pragma GCC unroll 4
@@ -245,15 +270,15 @@ void RunOneRow(const Job& job, const Operand& operand, int group, int64_t n, int
   }
 }
 
-void FewRowsDispatch(const Job& job, const Operand& operand, const WeightRows& rows,
-                     int64_t row_bytes, int64_t ahead, FewRowsSums& sums) {
+void FewRowsDispatch(const Job& job, const Operand& operand,
+                     const WeightRows<kWeightRows>& rows, int64_t row_bytes, FewRowsSums& sums) {
   const int64_t stride = RowChunks(job) * Planes(job.format) * kLanes;
   const int32_t* digits = operand.dwords;
-  const bool two_bits = job.format == Format::kTernary2;
-  return two_bits ? FewRows<Format::kTernary2>(operand.rows, digits, stride, rows, row_bytes,
-                                               ahead, sums)
-                  : FewRows<Format::kTernary1_6>(operand.rows, digits, stride, rows, row_bytes,
-                                                 ahead, sums);
+  if (job.format == Format::kTernary2) {
+    FewRows<Format::kTernary2>(operand.rows, digits, stride, rows, row_bytes, sums);
+  } else {
+    FewRows<Format::kTernary1_6>(operand.rows, digits, stride, rows, row_bytes, sums);
+  }
 }
 
 void StoreFewRows(const Job& job, const Operand& operand, const FewRowsSums& sums, int group,
@@ -298,10 +323,10 @@ void RunFewRows(const Job& job, const Operand& operand, int64_t unit, int64_t fi
     return RunOneRow(job, operand, range.group, range.begin, range.end, first);
   }
   for (int64_t n = range.begin; n < range.end; n += kWeightRows) {
-    WeightRows rows;
-    PointAt(matrix, n, rows);
+    WeightRows<kWeightRows> rows;
+    PointAt<kWeightRows>(matrix, n, rows);
     FewRowsSums sums;
-    FewRowsDispatch(job, operand, rows, matrix.row_bytes, Ahead(matrix), sums);
+    FewRowsDispatch(job, operand, rows, matrix.row_bytes, sums);
     const int64_t count = std::min<int64_t>(kWeightRows, range.end - n);
     StoreFewRows(job, operand, sums, range.group, n, count, first, tokens);
   }

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fabric_kernels import cpu_library
+from fabric_kernels.large_pages import in_large_pages
 
 PIECE_BYTES = 1 << 20
 """The least that a thread reads."""
@@ -75,8 +76,7 @@ def make_peaks(threads: int, buffer_bytes: int, seconds: float) -> Peaks:
         raise ValueError(
             f"{threads} threads read at least {PIECE_BYTES} bytes each, found {buffer_bytes}"
         )
-    # Where XLA has its arrays: numpy's may lie in larger pages, which are read faster.
-    buffer = np.asarray(jnp.full(buffer_bytes, 1, jnp.uint8))
+    buffer = np.asarray(in_large_pages(jnp.full(buffer_bytes, 1, jnp.uint8)))
     rates: dict[tuple[int, int], float] = dict.fromkeys(_READING, 0.0)
     for _ in range(2):
         for way in _READING:
