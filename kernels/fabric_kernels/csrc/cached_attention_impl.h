@@ -72,27 +72,19 @@ void Scores(const float* q, const typename Element<kType>::Stored* keys, int64_t
   const int64_t whole = width - width % kLanes;
   for (int64_t s = 0; s < count; s += kLanes) {
     Floats acc[kLanes];
-    const auto* key = keys + s * width;
     // Slots after the last repeat it: their results are not used.
-    const int64_t last = (std::min<int64_t>(kLanes, count - s) - 1) * width;
-    int64_t at[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      at[i] = std::min(i * width, last);
-      acc[i] = Isa::SplatFloat(0);
-    }
-    for (int64_t d = 0; d < whole; d += kLanes) {
-      const Floats own = Isa::LoadFloats(q + d);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        acc[i] = Isa::MultiplyAdd(Element<kType>::Load(key + at[i] + d), own, acc[i]);
+    const int64_t last = std::min<int64_t>(kLanes, count - s) - 1;
+    // Slot by slot, so that memory is read in order.
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const auto* key = keys + (s + std::min(i, last)) * width;
+      Floats sum = Isa::SplatFloat(0);
+      for (int64_t d = 0; d < whole; d += kLanes) {
+        sum = Isa::MultiplyAdd(Element<kType>::Load(key + d), Isa::LoadFloats(q + d), sum);
       }
-    }
-    if (whole < width) {
-      const Floats own = Isa::LoadFloats(q + whole);
-      for (int i = 0; i < kLanes; ++i) {
-        acc[i] = Isa::MultiplyAdd(LoadPart<kType>(key + at[i], whole, width), own, acc[i]);
+      if (whole < width) {
+        sum = Isa::MultiplyAdd(LoadPart<kType>(key, whole, width), Isa::LoadFloats(q + whole), sum);
       }
+      acc[i] = sum;
     }
     Vec turned[kLanes];
     std::memcpy(turned, acc, sizeof acc);

@@ -9,9 +9,9 @@ constexpr int kWeightRows = 4;  // rows of weights in flight
 // too often. ternary1.6 has fewer accumulators a row, and needs four for enough of them.
 template <Format kFormat>
 constexpr int kOneRowWeights = kFormat == Format::kTernary2 ? 2 : kWeightRows;
-// What is asked for ahead of its use, into the second-level cache: with half of it the answer comes
-// late, more is no faster.
-constexpr int64_t kAhead = 8192;
+// What is asked for ahead of its use, into the second-level cache: with 4 KiB the answer comes late;
+// 8 and more are slower again.
+constexpr int64_t kAhead = 6144;
 
 // Rows of weights in one piece of work: about 64 KB of them.
 inline int64_t FewRowsUnit(const Matrix& matrix) {
