@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
@@ -168,22 +168,26 @@ def measure_generation(
 ) -> dict[str, Any]:
     """Seconds and rates of one cell, its bytes a decode step, and the limit these set.
 
-    ``of_limit`` is the decode rate as a share of what reading ``step_bytes`` at the measured
-    bandwidth would allow.
+    ``of_limit`` is the decode rate as a share of what reading ``step_bytes`` would allow at the
+    bandwidth that was measured right after: machines that are shared change from minute to minute.
     """
     generator = make_generator(definition)
     run = _runner(settings, generator, base)
     start = time.perf_counter()
     run()
     first = time.perf_counter() - start
-    reads = [read_bytes_per_second()]
-    times = np.asarray([run() for _ in range(settings.repeats)])
-    reads.append(read_bytes_per_second())
+    read_rate = bandwidth_meter()
+    timed: list[tuple[float, float]] = []
+    reads: list[float] = []
+    for _ in range(settings.repeats):
+        timed.append(run())
+        reads.append(read_rate())
+    times = np.asarray(timed)
     prefill, decode = (summarize(column.tolist()) for column in times.T)
     tokens = settings.batch * settings.new
     step = step_bytes(settings, definition, base)
     read = float(np.median(reads))
-    limit = settings.batch * read / step
+    of_limit = float(np.median(settings.new * step / (times[:, 1] * np.asarray(reads))))
     return {
         **asdict(settings),
         "runs": select_implementation(definition.options.implementation),
@@ -196,8 +200,8 @@ def measure_generation(
         "best_tokens_per_s": round(tokens / decode.fastest, 1),
         "step_bytes": step,
         "read_gb_per_s": round(read / 1e9, 2),
-        "limit_tokens_per_s": round(limit, 1),
-        "of_limit": round(tokens / decode.median / limit, 3),
+        "limit_tokens_per_s": round(settings.batch * read / step, 1),
+        "of_limit": round(of_limit, 3),
     }
 
 
@@ -253,11 +257,14 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def read_bytes_per_second() -> float:
-    """How fast memory is read: by the CPU library's loops, elsewhere by a sum on the device."""
+def bandwidth_meter() -> Callable[[], float]:
+    """What measures how many bytes of memory are read a second, each time it is asked.
+
+    By the CPU library's loops, elsewhere by a sum on the device.
+    """
     if jax.default_backend() == "cpu" and cpu_library.available():
         peaks = make_peaks(pool_threads(), READ_BYTES["cpu"], READ_SECONDS / 4)
-        return max(peaks.read_bytes(READ_SECONDS) for _ in range(3))
+        return lambda: peaks.read_bytes(READ_SECONDS)
     count = READ_BYTES.get(jax.default_backend(), 1 << 30) // 4
     array = jnp.ones((64, count // 64), jnp.float32)
     times = 20
@@ -270,12 +277,17 @@ def read_bytes_per_second() -> float:
 
         return lax.fori_loop(0, times, add, jnp.zeros(64, jnp.float32))
 
-    seconds: list[float] = []
-    for _ in range(4):
-        start = time.perf_counter()
-        jax.block_until_ready(total(array))
-        seconds.append(time.perf_counter() - start)
-    return times * array.nbytes / min(seconds)
+    jax.block_until_ready(total(array))
+
+    def rate() -> float:
+        seconds: list[float] = []
+        for _ in range(3):
+            start = time.perf_counter()
+            jax.block_until_ready(total(array))
+            seconds.append(time.perf_counter() - start)
+        return times * array.nbytes / min(seconds)
+
+    return rate
 
 
 def run(cells: Sequence[Settings]) -> list[dict[str, Any]]:
