@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fabric_kernels.ternary_matmul import GradientBits
 
@@ -29,7 +29,7 @@ class OptimizerConfig:
         min_learning_rate: where the falling schedules end.
         second_learning_rate: peak of the second stage's line; only of two-stage.
         second_weight_decay: of the second stage; only of two-stage.
-        warmup_steps: optimizer steps of linear warm-up from 0.
+        warmup_steps: optimizer steps of linear warm-up from 0; at most a tenth of a two-stage run.
         warmup_ratio: the same as a share of all steps; used where ``warmup_steps`` is 0.
         weight_decay: decoupled; the gains of norms are left out.
         beta1: decay of the first moment.
@@ -277,6 +277,14 @@ class PretrainConfig(RunConfig):
             raise FabricError("a tokenizer is either named or learnt", fix="Keep one of the two")
         if self.train_tokenizer and not self.streams:
             raise FabricError("only the text of a stream can teach a vocabulary")
+        for name, only in _OF_ROWS.items():
+            if self.streams and getattr(self.dataset, name) not in only:
+                raise FabricError(
+                    f"text that is cut into rows as it lies knows no {name}",
+                    expected=f"{name} {only[0]} with rows stream",
+                    found=str(getattr(self.dataset, name)),
+                    fix="Give --rows packed for documents one by one",
+                )
         if self.attention == "cudnn-causal" and (self.document_mask or not self.streams):
             raise FabricError(
                 "cudnn-causal attention lets a token see all before it in its row",
@@ -288,6 +296,14 @@ class PretrainConfig(RunConfig):
     def streams(self) -> bool:
         """Whether rows are cut from a corpus."""
         return self.rows == "stream" or (self.rows == "auto" and self.recipe != "sft")
+
+
+_OF_ROWS: dict[str, tuple[Any, ...]] = {
+    "packing": (True,),
+    "long_rows": ("truncate",),
+    "train_on": ("auto", "all"),
+}
+"""Settings of ``DataConfig`` that are of rows which are documents, and what a stream can have."""
 
 
 def check_fused(optimizer: OptimizerConfig, remat: Remat, accumulation: int = 1) -> None:
