@@ -38,8 +38,7 @@ from fabric_jax.models.registry import get_config
 from fabric_jax.quantization.ste_options import SteOptions
 from fabric_jax.training.config import OptimizerConfig, PretrainConfig
 from fabric_jax.training.loop import pretrain
-from fabric_jax.training.metrics import METRICS
-from fabric_jax.training.pretrain import SAMPLES
+from fabric_jax.training.metrics import METRICS, SAMPLES
 from fabric_jax.training.recipes import resolve
 
 POINTS = 200
