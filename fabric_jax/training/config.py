@@ -179,7 +179,8 @@ class FinetuneConfig(RunConfig):
             point) takes about two thirds of the time of 24, which is as exact as float32.
         implementation: of products with packed weights; auto picks the fastest there is.
         fused_update: update each layer's adapter within the backward pass, so that one layer's
-            gradient exists at a time. Needs remat layer, accumulation 1 and clip_norm 0.
+            gradient exists at a time. Needs remat layer, accumulation 1, clip_norm 0 and nonfinite
+            stop.
     """
 
     model: str
@@ -197,7 +198,7 @@ class FinetuneConfig(RunConfig):
         if self.lora.rank == 0:
             raise FabricError("LoRA rank 0 trains nothing", fix="Give --rank 1 or more")
         if self.fused_update:
-            check_fused(self.optimizer, self.remat, self.accumulation)
+            check_fused(self.optimizer, self.remat, self.accumulation, self.nonfinite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,16 +307,20 @@ _OF_ROWS: dict[str, tuple[Any, ...]] = {
 """Settings of ``DataConfig`` that are of rows which are documents, and what a stream can have."""
 
 
-def check_fused(optimizer: OptimizerConfig, remat: Remat, accumulation: int = 1) -> None:
+def check_fused(
+    optimizer: OptimizerConfig, remat: Remat, accumulation: int = 1, nonfinite: str = "stop"
+) -> None:
     """Refuses what an update within the backward pass can't do.
 
     Raises:
-        FabricError: a setting needs all gradients at once, or keeps more than layers' inputs.
+        FabricError: a setting needs all gradients at once, or keeps more than layers' inputs, or
+            the weights as they were.
     """
     for name, value, needed in (
         ("clip_norm", optimizer.clip_norm, 0),
         ("remat", remat, "layer"),
         ("accumulation", accumulation, 1),
+        ("nonfinite", nonfinite, "stop"),
     ):
         if value != needed:
             raise FabricError(
