@@ -286,6 +286,12 @@ class PretrainConfig(RunConfig):
                     found=str(getattr(self.dataset, name)),
                     fix="Give --rows packed for documents one by one",
                 )
+        if not self.streams and (self.corpus or not self.document_mask):
+            raise FabricError(
+                "documents one by one are read from no corpus, and never see one another",
+                expected="corpus and no-document-mask with rows stream alone",
+                fix="Give --rows stream, or leave them out",
+            )
         if self.attention == "cudnn-causal" and (self.document_mask or not self.streams):
             raise FabricError(
                 "cudnn-causal attention lets a token see all before it in its row",

@@ -1,6 +1,7 @@
 """The published recipes: shapes of the schedules, and how flags change them."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -153,5 +154,9 @@ def test_settings_that_contradict_each_other() -> None:
         )
     with pytest.raises(FabricError, match=r"knows no train_on.*found completion"):
         PretrainConfig(model="m", output="o", dataset=replace(DATA, train_on="completion"))
+    streams: list[dict[str, Any]] = [{"corpus": "c"}, {"document_mask": False}]
+    for given in streams:
+        with pytest.raises(FabricError, match="rows stream alone"):
+            PretrainConfig(model="m", output="o", dataset=DATA, recipe="sft", **given)
     with pytest.raises(FabricError, match="no document_mask"):
         PretrainConfig(model="m", output="o", dataset=DATA, attention="cudnn-causal")
