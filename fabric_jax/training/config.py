@@ -212,8 +212,8 @@ class PretrainConfig(RunConfig):
             text. convert: a dense model becomes ternary, quantised gradually. continue: a packed
             model goes on, from masters under which it computes what it did. sft: likewise on
             conversations and other rows with answers.
-        optimizer_defaults: whether settings of the optimizer that are left at their default are the
-            recipe's, as published, or plain AdamW's.
+        optimizer_defaults: whether settings of the optimizer that are left at their default, or
+            given with that very value, are the recipe's, as published, or plain AdamW's.
         vocab_size: scratch: rows of the embedding; 0 for the model's, or those that the tokenizer
             needs where that was learnt.
         num_layers: scratch: layers; 0 for the model's own.
