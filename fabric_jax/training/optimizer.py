@@ -66,7 +66,7 @@ def describe_optimizer(config: OptimizerConfig, total_steps: int) -> str:
     if config.schedule != "constant":
         rate += f", to {config.min_learning_rate:g}"
     warmup = warmup_steps(config, total_steps)
-    return f"{config.schedule}: {rate}; {warmup:,} steps of warm-up; {decay}"
+    return f"{config.schedule}: {rate}; warm-up steps {warmup:,}; {decay}"
 
 
 def weight_decay_schedule(config: OptimizerConfig, total_steps: int) -> float | optax.Schedule:

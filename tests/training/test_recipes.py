@@ -131,10 +131,10 @@ def test_a_share_of_warmup_counts_where_the_recipe_has_steps(share: float) -> No
 def test_a_run_says_what_its_recipe_decided() -> None:
     assert describe_optimizer(SCRATCH, 200) == (
         "two-stage: learning rate 0.0015, from half of the run 0.001, to 3e-05; "
-        "20 steps of warm-up; weight decay 0.1, then 0"
+        "warm-up steps 20; weight decay 0.1, then 0"
     )
     constant = OptimizerConfig(schedule="constant", warmup_ratio=0)
-    line = "constant: learning rate 0.0002; 0 steps of warm-up; weight decay 0"
+    line = "constant: learning rate 0.0002; warm-up steps 0; weight decay 0"
     assert describe_optimizer(constant, 9) == line
 
 
