@@ -38,8 +38,8 @@ from fabric_jax.models.registry import get_config
 from fabric_jax.quantization.ste_options import SteOptions
 from fabric_jax.training.config import OptimizerConfig, PretrainConfig
 from fabric_jax.training.loop import pretrain
-from fabric_jax.training.metrics import METRICS
-from fabric_jax.training.pretrain import SAMPLES
+from fabric_jax.training.metrics import METRICS, SAMPLES
+from fabric_jax.training.optimizer import warmup_steps
 from fabric_jax.training.recipes import resolve
 
 POINTS = 200
@@ -151,7 +151,9 @@ def measure(cell: PretrainConfig) -> dict[str, Any]:
     output = Path(cell.output)
     lines = [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
     per_step = cell.dataset.batch_size * cell.dataset.max_length * cell.accumulation
-    resolved = resolve(cell, get_config(cell.model).parameters)
+    optimizer = resolve(cell, get_config(cell.model).parameters).optimizer
+    # As many as there were: two stages warm up for at most a tenth of the run.
+    optimizer = replace(optimizer, warmup_steps=warmup_steps(optimizer, summary.steps))
     return {
         "loss": [[line["step"] * per_step, round(line["loss"], 4)] for line in lines],
         "held_out": [
@@ -164,7 +166,7 @@ def measure(cell: PretrainConfig) -> dict[str, Any]:
         "parameters": summary.parameters,
         "tokens_per_second": summary.tokens_per_second,
         "seconds": summary.seconds,
-        "optimizer": asdict(resolved.optimizer),
+        "optimizer": asdict(optimizer),
         **last_sample(output / SAMPLES),
     }
 

@@ -4,18 +4,16 @@ Cells of a sweep start at once, and each would learn the same vocabulary and cut
 first one that comes makes the corpus, the others wait for it; it appears whole or not at all.
 """
 
-import fcntl
 import hashlib
 import os
 import sysconfig
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 from fabric_jax.data.config import DataConfig
 from fabric_jax.data.corpus import Corpus, is_corpus, open_corpus
 from fabric_jax.data.load_corpus import corpus_tokenizer, prepare_corpus
 from fabric_jax.data.stdlib import STDLIB, stdlib_files
+from fabric_jax.files import alone
 
 FOLDER_VARIABLE = "FABRIC_CORPORA"
 """Folder of shared corpora; default ``~/.cache/fabric_jax/corpora``."""
@@ -34,10 +32,11 @@ def shared_corpus(*, vocab: int, held_out: float) -> Corpus:
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f"stdlib-{vocab}-{held_out:g}-{_library()}"
     if not is_corpus(folder):
-        with _alone(folder.with_name(f"{folder.name}.lock")):
+        # Wider than what keeps the corpus: the vocabulary is learnt once as well.
+        with alone(folder.with_name(f"{folder.name}.lock")):
             data = DataConfig(data=STDLIB, eval_fraction=held_out)
             tokenizer = corpus_tokenizer(folder, data, size=vocab, own="")
-            prepare_corpus(folder, data, tokenizer)
+            prepare_corpus(folder, data, tokenizer, learnt=vocab)
     return open_corpus(folder)
 
 
@@ -46,14 +45,3 @@ def _library() -> str:
     root = Path(sysconfig.get_path("stdlib"))
     names = [f"{path.relative_to(root)} {path.stat().st_size}" for path in stdlib_files(root)]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _alone(path: Path) -> Generator[None]:
-    """Waits until no other process is within the context; the system ends it with the process."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -51,6 +51,30 @@ def new_file(path: str | Path) -> Generator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone(path: str | Path) -> Generator[None]:
+    """Waits until no other process is within the context for this file, which is made and stays.
+
+    The operating system ends it with the process.
+
+    Raises:
+        FabricError: the file can't be made.
+    """
+    import fcntl
+
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def require_writable(path: str | Path) -> None:
     """Finds out before a long computation whether its result can be written to ``path``.
 

@@ -159,14 +159,19 @@ def open_source(source: str | Path, *, mode: BaseMode | None = None) -> ModelSou
     return _open_path(path, name, mode=mode, label="")
 
 
+def weights_folder(path: Path) -> Path:
+    """``path``, or where the weights lie in the output of a run that trained all of them."""
+    of_run = path.is_dir() and not is_model_folder(path) and is_model_folder(path / RUN_MODEL)
+    return path / RUN_MODEL if of_run else path
+
+
 def _open_path(path: Path, name: str, *, mode: BaseMode | None, label: str) -> ModelSource:
     """``label`` is the hub id that ``path`` came from."""
     if path.is_file() and path.suffix == ".gguf":
         from fabric_jax.checkpoints.gguf.read import open_gguf
 
         return open_gguf(path)
-    if path.is_dir() and not is_model_folder(path) and is_model_folder(path / RUN_MODEL):
-        path = path / RUN_MODEL
+    path = weights_folder(path)
     if not path.is_dir() or not (path / "config.json").is_file():
         raise _not_a_model(name, path)
     if is_model_folder(path):
@@ -189,6 +194,11 @@ def _not_a_model(name: str, path: Path) -> FabricError:
         return FabricError(f"cannot load {name}: no config.json", expected=ACCEPTED, fix=fix)
     if path.exists():
         return FabricError(f"cannot load {name}: it is a file", expected=ACCEPTED)
+    if name in REGISTRY:
+        return FabricError(
+            f"the name {name} stands for a size, not for stored weights",
+            expected="a folder, a .gguf file or a hub id org/name[@revision]",
+        )
     if len(path.parts) > 1 or name.startswith((".", "~")) or path.suffix == ".gguf":
         return FabricError(f"cannot load {name}: it does not exist", expected=ACCEPTED)
     return unknown_name("model", name, (*REGISTRY, "a folder, a .gguf file or a hub id"))

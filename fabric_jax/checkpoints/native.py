@@ -5,7 +5,7 @@ dots; stacked layers stay stacked. Packed weights are always stored as ``ternary
 another layout is re-packed as it is written, and again, to whatever is asked for, as it is loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -25,6 +25,7 @@ from fabric_jax.checkpoints.arrays import (
 )
 from fabric_jax.checkpoints.assemble import assemble_base, base_layouts, repack_matrix
 from fabric_jax.checkpoints.folders import new_folder, read_json_object
+from fabric_jax.checkpoints.hub import TOKENIZER_FILES
 from fabric_jax.checkpoints.source import ALL_ROWS, TernaryMatrix
 from fabric_jax.checkpoints.tensor_file import TensorFile, open_tensors
 from fabric_jax.checkpoints.tensor_stream import TensorStream, write_streams
@@ -69,7 +70,12 @@ class FolderConfig:
 
 
 def save_model(
-    folder: str | Path, definition: DecoderDefinition, base: Tree, *, tokenizer_json: bytes | None
+    folder: str | Path,
+    definition: DecoderDefinition,
+    base: Tree,
+    *,
+    tokenizer_json: bytes | None,
+    tokenizer_settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model folder; it appears whole or not at all.
 
@@ -81,6 +87,7 @@ def save_model(
         definition: of the decoder, whose adapter is not saved.
         base: its weights.
         tokenizer_json: contents of the tokenizer's file, if the model has one.
+        tokenizer_settings: what else is to lie beside it as JSON, by file name.
 
     Raises:
         FabricError: ``base`` does not fit ``definition``, or the folder can't be written.
@@ -96,11 +103,13 @@ def save_model(
     plain = replace(options, embedding_dtype=None, packing="ternary2", float_format="same")
     stored = base_layouts(define_decoder(definition.config, plain))
     leaves = named_leaves(base)
-    with new_folder(folder, replaces=FILES) as staged:
+    with new_folder(folder, replaces=FILES | frozenset(TOKENIZER_FILES)) as staged:
         streams = {n: _stream(definition, n, leaves, layout) for n, layout in stored.items()}
         write_streams(staged / WEIGHTS, streams)
         if tokenizer_json is not None:
             write_atomically(staged / TOKENIZER, tokenizer_json)
+        for name, settings in (tokenizer_settings or {}).items():
+            write_json(staged / name, settings)
         config = {
             "format": FORMAT,
             "version": VERSION,

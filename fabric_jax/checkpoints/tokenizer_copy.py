@@ -40,11 +40,15 @@ def copy_tokenizer(source: str, folder: Path) -> Tokenizer | None:
             shutil.copyfile(origin, folder / TOKENIZER)
     if not (folder / TOKENIZER).is_file() and not (folder / "tokenizer.model").is_file():
         write_atomically(folder / TOKENIZER, tokenizer_json(tokenizer))
-    if not (folder / SETTINGS).is_file():
-        write_json(folder / SETTINGS, _settings(tokenizer))
-    if not (folder / GENERATION).is_file():
-        write_json(folder / GENERATION, special_tokens(tokenizer))
+    for name, settings in tokenizer_settings(tokenizer).items():
+        if not (folder / name).is_file():
+            write_json(folder / name, settings)
     return tokenizer
+
+
+def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """What goes with a vocabulary, by file name: special tokens, chat template."""
+    return {SETTINGS: _settings(tokenizer), GENERATION: special_tokens(tokenizer)}
 
 
 def special_tokens(tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -15,7 +15,12 @@ def run(arguments: Sequence[str]) -> int:
     config = parse(PretrainConfig, "pretrain", arguments)
     from fabric_jax.training.loop import pretrain
 
-    _print(pretrain(config))
+    summary = pretrain(config)
+    from fabric_jax.parallel.processes import is_first
+
+    if not is_first():
+        return 0
+    _print(summary)
     packs = not config.ste.beyond_packed
     if packs:
         print(f"\nTo pack it:\n  fabric-jax convert {config.output} packed --to ternary2")

@@ -39,16 +39,20 @@ class CorpusSettings:
         held_out_source: of those to evaluate on; "" for a share of ``source``.
         held_out: that share.
         seed: chooses the documents that are held out, by their contents.
+        columns: what is read under other names, as ``known=column``.
+        vocabulary: the size that was asked for where it was learnt from ``source``, else 0.
     """
 
     source: str
     held_out_source: str = ""
     held_out: float = 0.0
     seed: int = 0
+    columns: tuple[str, ...] = ()
+    vocabulary: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As the index holds them."""
-        return vars(self).copy()
+        return vars(self) | {"columns": sorted(self.columns)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -233,13 +237,17 @@ def check_corpus(folder: str | Path, settings: CorpusSettings, fingerprint: str)
     """
     index = _read_index(Path(folder))
     wanted = settings.to_dict() | {"tokenizer": fingerprint}
+    if not settings.vocabulary:
+        del wanted["vocabulary"]  # Its fingerprint says all about a tokenizer that is named.
     found = index["settings"] | {"tokenizer": index["tokenizer"]["fingerprint"]}
     for name, value in wanted.items():
-        if found.get(name) != value:
+        # Corpora from before there was such a setting don't say.
+        if name in found and found[name] != value:
+            one = name.replace("_", " ").removesuffix("s")
             raise FabricError(
-                f"the corpus in {folder} was made with another {name.replace('_', ' ')}",
+                f"the corpus in {folder} was made with another {one}",
                 expected=str(value),
-                found=str(found.get(name)),
+                found=str(found[name]),
                 fix="Choose another folder, or remove this one to have it made anew",
             )
 
@@ -295,7 +303,10 @@ def _tokenised(
                 )
         texts = [row.text for row in chunk if row.text]
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            yield text, np.concatenate([before, ids, after]).astype(np.int32)
+            document = np.concatenate([before, ids, after]).astype(np.int32)
+            # White space alone can be no token at all; two documents never start at one place.
+            if len(document):
+                yield text, document
 
 
 def _is_held_out(key: bytes, settings: CorpusSettings) -> bool:
@@ -308,7 +319,12 @@ def _is_held_out(key: bytes, settings: CorpusSettings) -> bool:
 
 def _check_not_empty(writers: dict[str, _Writer], settings: CorpusSettings) -> None:
     if writers["train"].tokens < 2:
-        raise FabricError(f"no text to train on in {settings.source}")
+        aside = len(writers["held_out"].starts) if settings.held_out else 0
+        raise FabricError(
+            f"no text to train on in {settings.source}",
+            found=f"{aside} documents, all of them held out" if aside else None,
+            fix="Lower --eval-fraction, or give more documents" if aside else None,
+        )
     wanted = settings.held_out > 0 or settings.held_out_source
     if wanted and writers["held_out"].tokens < 2:
         raise FabricError(

@@ -127,29 +127,59 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
 
 def _parse(line: bytes, where: str) -> object:
     try:
-        return json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"))
+        _check_characters(value, where, escaped=b"\\ud" in line.lower())
+        return value
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} is not UTF-8"
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at column {error.colno}"
     except RecursionError:
         reason = "nested too deeply"
+    except ValueError as error:  # a number of more digits than Python reads
+        reason = str(error)
     raise FabricError(f"{where} is not JSON: {reason}", fix="Correct or remove this line")
 
 
 def _read_json_array(path: Path) -> Iterator[Record]:
     """An array of objects; a single object a line is what large files should use."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        rows = json.loads(text)
     except UnicodeDecodeError as error:
         raise FabricError(f"{path} is not UTF-8: {error}") from error
     except json.JSONDecodeError as error:
         raise FabricError(
             f"{path}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}"
         ) from error
+    except RecursionError as error:
+        raise FabricError(f"{path} is not JSON: nested too deeply") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise FabricError(f"{path} is not JSON: {error}") from error
+    escaped = "\\ud" in text.lower()
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}"
+        _check_characters(row, where, escaped=escaped)
         yield Record(where, _as_object(row, where))
+
+
+def _check_characters(value: object, where: str, *, escaped: bool) -> None:
+    """Refuses half of a surrogate pair, which JSON can write as an escape and UTF-8 can't hold.
+
+    Raises:
+        FabricError: there is one.
+    """
+    if not escaped:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise FabricError(
+            f"{where} holds half of a surrogate pair, which is no character",
+            found=f"\\u{ord(half):04x}",
+            fix="Correct or remove this row",
+        ) from error
 
 
 def _as_object(value: object, where: str) -> Mapping[str, Any]:

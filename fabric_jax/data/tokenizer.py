@@ -154,11 +154,16 @@ def load_tokenizer(source: str | Path, *, chat_template: str | Path | None = Non
     else:
         tokenizer = load_folder(download_tokenizer(text), source=text)
     if chat_template:
-        tokenizer = replace(tokenizer, chat_template=_read_template(Path(chat_template)))
+        tokenizer = replace(tokenizer, chat_template=read_template(Path(chat_template)))
     return tokenizer
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The text of a Jinja file.
+
+    Raises:
+        FabricError: it can't be read, or is not UTF-8.
+    """
     try:
         return path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

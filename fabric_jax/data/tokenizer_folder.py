@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fabric_jax.checkpoints.hub import fetch_tokenizer, is_hub_id
 from fabric_jax.data.sentencepiece_bpe import build_sentencepiece_bpe
 from fabric_jax.data.sentencepiece_model import read_sentencepiece_model
-from fabric_jax.data.tokenizer import Tokenizer
+from fabric_jax.data.tokenizer import Tokenizer, read_template
 from fabric_jax.errors import FabricError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The template of the folder; of several named ones, the one called "default"."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_template(file)
     template = _read_json(folder / "chat_template.json").get(
         "chat_template", config.get("chat_template")
     )

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fabric_kernels.ternary_matmul import GradientBits
 
@@ -29,7 +29,7 @@ class OptimizerConfig:
         min_learning_rate: where the falling schedules end.
         second_learning_rate: peak of the second stage's line; only of two-stage.
         second_weight_decay: of the second stage; only of two-stage.
-        warmup_steps: optimizer steps of linear warm-up from 0.
+        warmup_steps: optimizer steps of linear warm-up from 0; at most a tenth of a two-stage run.
         warmup_ratio: the same as a share of all steps; used where ``warmup_steps`` is 0.
         weight_decay: decoupled; the gains of norms are left out.
         beta1: decay of the first moment.
@@ -179,7 +179,8 @@ class FinetuneConfig(RunConfig):
             point) takes about two thirds of the time of 24, which is as exact as float32.
         implementation: of products with packed weights; auto picks the fastest there is.
         fused_update: update each layer's adapter within the backward pass, so that one layer's
-            gradient exists at a time. Needs remat layer, accumulation 1 and clip_norm 0.
+            gradient exists at a time. Needs remat layer, accumulation 1, clip_norm 0 and nonfinite
+            stop.
     """
 
     model: str
@@ -197,7 +198,7 @@ class FinetuneConfig(RunConfig):
         if self.lora.rank == 0:
             raise FabricError("LoRA rank 0 trains nothing", fix="Give --rank 1 or more")
         if self.fused_update:
-            check_fused(self.optimizer, self.remat, self.accumulation)
+            check_fused(self.optimizer, self.remat, self.accumulation, self.nonfinite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +212,8 @@ class PretrainConfig(RunConfig):
             text. convert: a dense model becomes ternary, quantised gradually. continue: a packed
             model goes on, from masters under which it computes what it did. sft: likewise on
             conversations and other rows with answers.
-        optimizer_defaults: whether settings of the optimizer that are left at their default are the
-            recipe's, as published, or plain AdamW's.
+        optimizer_defaults: whether settings of the optimizer that are left at their default, or
+            given with that very value, are the recipe's, as published, or plain AdamW's.
         vocab_size: scratch: rows of the embedding; 0 for the model's, or those that the tokenizer
             needs where that was learnt.
         num_layers: scratch: layers; 0 for the model's own.
@@ -277,6 +278,20 @@ class PretrainConfig(RunConfig):
             raise FabricError("a tokenizer is either named or learnt", fix="Keep one of the two")
         if self.train_tokenizer and not self.streams:
             raise FabricError("only the text of a stream can teach a vocabulary")
+        for name, only in _OF_ROWS.items():
+            if self.streams and getattr(self.dataset, name) not in only:
+                raise FabricError(
+                    f"text that is cut into rows as it lies knows no {name}",
+                    expected=f"{name} {only[0]} with rows stream",
+                    found=str(getattr(self.dataset, name)),
+                    fix="Give --rows packed for documents one by one",
+                )
+        if not self.streams and (self.corpus or not self.document_mask):
+            raise FabricError(
+                "documents one by one are read from no corpus, and never see one another",
+                expected="corpus and no-document-mask with rows stream alone",
+                fix="Give --rows stream, or leave them out",
+            )
         if self.attention == "cudnn-causal" and (self.document_mask or not self.streams):
             raise FabricError(
                 "cudnn-causal attention lets a token see all before it in its row",
@@ -290,16 +305,28 @@ class PretrainConfig(RunConfig):
         return self.rows == "stream" or (self.rows == "auto" and self.recipe != "sft")
 
 
-def check_fused(optimizer: OptimizerConfig, remat: Remat, accumulation: int = 1) -> None:
+_OF_ROWS: dict[str, tuple[Any, ...]] = {
+    "packing": (True,),
+    "long_rows": ("truncate",),
+    "train_on": ("auto", "all"),
+}
+"""Settings of ``DataConfig`` that are of rows which are documents, and what a stream can have."""
+
+
+def check_fused(
+    optimizer: OptimizerConfig, remat: Remat, accumulation: int = 1, nonfinite: str = "stop"
+) -> None:
     """Refuses what an update within the backward pass can't do.
 
     Raises:
-        FabricError: a setting needs all gradients at once, or keeps more than layers' inputs.
+        FabricError: a setting needs all gradients at once, or keeps more than layers' inputs, or
+            the weights as they were.
     """
     for name, value, needed in (
         ("clip_norm", optimizer.clip_norm, 0),
         ("remat", remat, "layer"),
         ("accumulation", accumulation, 1),
+        ("nonfinite", nonfinite, "stop"),
     ):
         if value != needed:
             raise FabricError(

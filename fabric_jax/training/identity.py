@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fabric_jax.checkpoints.hub import fetch_model
+from fabric_jax.checkpoints.loading import weights_folder
 from fabric_jax.data.load import Data
 from fabric_jax.errors import FabricError
 from fabric_jax.models.decoder import DecoderDefinition
@@ -93,6 +94,7 @@ def weights_digest(source: str, seed: int) -> str:
     path = Path(source).expanduser()
     if not path.exists():
         path = fetch_model(source)
+    path = weights_folder(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     digests: list[str] = []
     for name in files:

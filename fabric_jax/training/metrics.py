@@ -12,6 +12,8 @@ from fabric_jax.files import cannot_write, write_atomically
 from fabric_jax.training.event_file import EventFile
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+"""Texts that a model wrote after evaluations, by step; only of runs that train all weights."""
 TENSORBOARD = "tensorboard"
 
 SCALARS = {
@@ -80,7 +82,8 @@ class MetricsLog:
 
     Args:
         folder: the output folder.
-        last_step: lines after this step are removed first: a resumed run writes them again.
+        last_step: lines after this step, samples too, are removed first: a resumed run writes them
+            again.
         tensorboard: whether to write events too.
     """
 
@@ -91,7 +94,8 @@ class MetricsLog:
             FabricError: it can't be written, or tensorboardX is asked for and not installed.
         """
         self._path = folder / METRICS
-        cut_back(self._path, last_step)
+        for path in (self._path, folder / SAMPLES):
+            cut_back(path, last_step)
         self._events = _open_events(folder / TENSORBOARD, last_step) if tensorboard else None
         try:
             self._file = self._path.open("a", encoding="utf-8")

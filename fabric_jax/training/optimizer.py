@@ -57,6 +57,18 @@ def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
     return min(steps, total_steps // 10) if config.schedule == "two-stage" else steps
 
 
+def describe_optimizer(config: OptimizerConfig, total_steps: int) -> str:
+    """What a run's updates come to, in a line; a recipe decides more than the user gave."""
+    rate, decay = f"learning rate {config.learning_rate:g}", f"weight decay {config.weight_decay:g}"
+    if config.schedule == "two-stage":
+        rate += f", from half of the run {config.second_learning_rate:g}"
+        decay += f", then {config.second_weight_decay:g}"
+    if config.schedule != "constant":
+        rate += f", to {config.min_learning_rate:g}"
+    warmup = warmup_steps(config, total_steps)
+    return f"{config.schedule}: {rate}; warm-up steps {warmup:,}; {decay}"
+
+
 def weight_decay_schedule(config: OptimizerConfig, total_steps: int) -> float | optax.Schedule:
     """Decoupled weight decay by the number of optimizer steps done; a number where it is one."""
     if config.schedule != "two-stage":

@@ -12,8 +12,10 @@ from fabric_jax.checkpoints.loading import open_source
 from fabric_jax.checkpoints.masters import MastersOf
 from fabric_jax.checkpoints.native import save_model
 from fabric_jax.checkpoints.source import ModelSource
+from fabric_jax.checkpoints.tokenizer_copy import tokenizer_settings
 from fabric_jax.data.tokenizer import Tokenizer
 from fabric_jax.errors import FabricError
+from fabric_jax.files import cannot_write
 from fabric_jax.generation import GenerationConfig, make_generator
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
@@ -22,11 +24,11 @@ from fabric_jax.models.registry import get_config
 from fabric_jax.training.command import command_line
 from fabric_jax.training.config import PretrainConfig
 from fabric_jax.training.identity import weights_digest
+from fabric_jax.training.metrics import SAMPLES
 from fabric_jax.training.rows import load_rows, load_stream, stream_tokenizer
 from fabric_jax.training.session import Job
 from fabric_jax.training.step import StepOptions
 
-SAMPLES = "samples.jsonl"
 MIB = 1 << 20
 ACCELERATOR_TILE_MIB = 512
 
@@ -52,11 +54,11 @@ def find_origin(config: PretrainConfig) -> Origin:
     """
     if config.recipe == "scratch":
         return Origin(model=_chosen_size(config), source=None)
-    sizes = config.vocab_size or config.num_layers
+    sizes = config.vocab_size or config.num_layers or config.train_tokenizer
     if sizes or config.gate != "model" or config.sub_norms != "model":
         raise FabricError(
             f"the recipe {config.recipe} takes a model as it is",
-            fix="Leave out --vocab-size, --num-layers, --gate and --sub-norms",
+            fix="Leave out --vocab-size, --num-layers, --train-tokenizer, --gate and --sub-norms",
         )
     if config.recipe == "convert":
         source = open_source(config.model)
@@ -102,7 +104,13 @@ def pretrain_job(config: PretrainConfig, origin: Origin) -> Job:
         return assemble_base(definition, source)
 
     def export(folder: Path, base: Tree) -> None:
-        save_model(folder, export_definition(definition), base, tokenizer_json=vocabulary)
+        save_model(
+            folder,
+            export_definition(definition),
+            base,
+            tokenizer_json=vocabulary,
+            tokenizer_settings=tokenizer_settings(tokenizer) if keeps else None,
+        )
 
     warmup = config.quantization_warmup if config.recipe == "convert" else 0
     origin_name = f"random {config.model} of seed {config.seed}"
@@ -125,8 +133,22 @@ def pretrain_job(config: PretrainConfig, origin: Origin) -> Job:
 
 
 def training_options(config: PretrainConfig, source: ModelSource | None) -> DecoderOptions:
-    """How the model is stored and computed: float32 masters of everything, activations in dtype."""
-    act_quant = config.act_quant or ("per_token" if source is None else source.act_quant)
+    """How the model is stored and computed: float32 masters of everything, activations in dtype.
+
+    Raises:
+        FabricError: the quantiser of activations has no such variant.
+    """
+    if source is None or config.recipe == "convert":
+        # A dense model says nothing of the quantiser that it is to have as a ternary one.
+        act_quant = config.act_quant or "per_token"
+    else:
+        act_quant = config.act_quant or source.act_quant
+    if act_quant != "per_token" and config.ste.activations != "int8":
+        raise FabricError(
+            f"{config.ste.activations} activations are quantised by a rule of their own",
+            expected="act_quant per_token",
+            found=act_quant,
+        )
     return DecoderOptions(
         mode="master",
         dtype=config.dtype,
@@ -203,15 +225,25 @@ def _sampler(
         top_p=0.95,
         stop_tokens=tokenizer.stop_ids,
     )
+    if room < 1:
+        raise FabricError(
+            "the beginning of the samples fills all positions of the model",
+            expected=f"less than {definition.config.max_length} tokens",
+            found=str(len(prompt)),
+            fix="Shorten --sample-prompt, or give --samples 0",
+        )
     path = Path(config.output) / SAMPLES
 
     def sample(step: int, base: Tree) -> list[str]:
         seeded = replace(settings, seed=config.seed + step)
         written = generator(base, {}, [prompt] * config.samples, seeded)
         texts = [tokenizer.decode(one.tokens, skip_special=True) for one in written]
-        with path.open("a", encoding="utf-8") as file:
-            for text in texts:
-                file.write(json.dumps({"step": step, "text": text}) + "\n")
+        lines = [json.dumps({"step": step, "text": text}) + "\n" for text in texts]
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise cannot_write(path, error) from error
         return [repr(config.sample_prompt + text) for text in texts]
 
     return sample

@@ -54,6 +54,7 @@ def resolve(config: PretrainConfig, parameters: int) -> PretrainConfig:
     """The configuration with the optimizer of its recipe, changed by what differs from a default.
 
     A setting that is given counts, whatever the recipe says, unless it is the default's own value.
+    Where the first stage has another peak, the second one's keeps its ratio to it, as published.
     """
     if config.optimizer_defaults == "plain":
         return config
@@ -67,7 +68,12 @@ def resolve(config: PretrainConfig, parameters: int) -> PretrainConfig:
     schedule = changed.get("schedule", own.schedule)
     if schedule != "two-stage":
         own = replace(own, schedule=schedule, second_learning_rate=0.0, second_weight_decay=0.0)
+    if "warmup_ratio" in changed:
+        own = replace(own, warmup_steps=0)  # Steps would go before the share.
     rate = changed.get("learning_rate", own.learning_rate)
+    if own.second_learning_rate:
+        second = own.second_learning_rate * rate / own.learning_rate
+        own = replace(own, second_learning_rate=second)
     if "min_learning_rate" not in changed:
         own = replace(own, learning_rate=rate, min_learning_rate=min(own.min_learning_rate, rate))
     return replace(config, optimizer=replace(own, **changed), optimizer_defaults="plain")

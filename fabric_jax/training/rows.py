@@ -40,7 +40,9 @@ def load_stream(config: PretrainConfig, model: ModelConfig, tokenizer: Tokenizer
     """Rows cut from a corpus, which is tokenised where it isn't there yet."""
     check_length(config, model)
     check_vocabulary(tokenizer, model)
-    corpus = prepare_corpus(corpus_folder(config), config.dataset, tokenizer)
+    corpus = prepare_corpus(
+        corpus_folder(config), config.dataset, tokenizer, learnt=config.train_tokenizer
+    )
     return stream_data(
         corpus,
         config.dataset,

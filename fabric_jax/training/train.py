@@ -33,6 +33,7 @@ from fabric_jax.training.identity import run_identity
 from fabric_jax.training.lock import locked_folder
 from fabric_jax.training.memory_account import analytic_bytes, predict
 from fabric_jax.training.metrics import MetricsLog
+from fabric_jax.training.optimizer import describe_optimizer
 from fabric_jax.training.out_of_memory import is_out_of_memory, out_of_memory
 from fabric_jax.training.partition import freezes_a, trained_leaves
 from fabric_jax.training.progress import RunProgress
@@ -223,9 +224,22 @@ def _describe(console: Console, config: RunConfig, job: Job, total: int) -> None
             f"mesh {shape} of {jax.device_count()} devices, {jax.process_count()} processes"
         )
         lines += uncut_linears(nnx.to_pure_dict(definition.base), shape)
-    lines += [*job.notes, f"{total:,} optimizer steps"]
+    lines += [*job.notes, *unfinished_warmup(job, total)]
+    lines += [f"{total:,} optimizer steps, {describe_optimizer(config.optimizer, total)}"]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def unfinished_warmup(job: Job, total: int) -> list[str]:
+    """What to say of a run that ends before it quantises entirely."""
+    warmup = job.step.quantization_warmup
+    if warmup < total:
+        return []
+    return [
+        f"warning: quantisation grows over {warmup:,} steps, more than this run has: its last step "
+        f"trains at {(total - 1) / warmup:.0%} of it, while evaluation, samples and packed weights "
+        "are quantised entirely. Give a shorter --quantization-warmup, or more steps"
+    ]
 
 
 def predicted_bytes(config: RunConfig, job: Job) -> int:

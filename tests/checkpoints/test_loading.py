@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fabric_jax.checkpoints.loading import load_base
+from fabric_jax.checkpoints.loading import load_base, open_source
 from fabric_jax.checkpoints.native import save_model
 from fabric_jax.checkpoints.peft import save_adapter
 from fabric_jax.errors import FabricError
@@ -179,6 +179,12 @@ def test_misspelt_names(name, close, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FabricError, match=f"unknown model '{name}'.*Did you mean '{close}'"):
         load_base(name)
+
+
+def test_a_registry_name_where_stored_weights_are_wanted(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FabricError, match="stands for a size, not for stored weights"):
+        open_source("qwen3-0.6b")
 
 
 def test_rank_larger_than_a_dimension(folder):

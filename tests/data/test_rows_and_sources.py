@@ -164,6 +164,10 @@ def test_malformed_lines_are_named(tmp_path: Path, content: bytes, message: str)
         ("a.json", b'[{"text": "a"},\n {]', "line 2 is not JSON"),
         ("a.json", b'[{"text": "a"}, 3]', "row 2 is not a row"),
         ("a.json", b"[\xff]", "is not UTF-8"),
+        ("a.json", b"[" * 100_000, "is not JSON: nested too deeply"),
+        ("a.json", b'[{"text": "\\ude00"}]', r"row 1 holds half of a surrogate pair"),
+        ("a.jsonl", b'\n{"text": "x\\uD83D."}', "line 2 holds half of a surrogate pair"),
+        ("a.jsonl", b'{"id": ' + b"1" * 5000 + b"}", "line 1 is not JSON: Exceeds the limit"),
         ("a.parquet", b"PAR1nothing", "expected a Parquet file"),
         ("a.csv", b"text\na\n", "expected a name ending in .jsonl"),
     ],
@@ -232,3 +236,8 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_settings_that_cannot_work(values: dict[str, Any], message: str) -> None:
     with pytest.raises(FabricError, match=message):
         DataConfig(data="x", **values)
+
+
+def test_whole_pairs_of_escapes_are_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "\ud83d\ude00 \\ud83d"}')
+    assert rows_of(tmp_path / "a.jsonl") == ["\U0001f600 \\ud83d"]

@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from fabric_jax.data import corpus as corpus_module
+from fabric_jax.data import load_corpus
 from fabric_jax.data.bpe import train_bpe
 from fabric_jax.data.config import DataConfig
 from fabric_jax.data.corpus import (
@@ -161,11 +165,14 @@ def test_a_vocabulary_is_learnt_once_and_the_corpus_made_once(tmp_path: Path) ->
     config = DataConfig(data=str(data), eval_fraction=0.2, max_length=16, batch_size=2)
     folder = tmp_path / "corpus"
     tokenizer = corpus_tokenizer(folder, config, size=280, own="")
-    made = prepare_corpus(folder, config, tokenizer)
+    made = prepare_corpus(folder, config, tokenizer, learnt=280)
     again = corpus_tokenizer(folder, config, size=280, own="")
     assert again.fingerprint == tokenizer.fingerprint
     data.unlink()
+    assert prepare_corpus(folder, config, again, learnt=280).digest == made.digest
+    # Named, it is the same vocabulary, whatever it was learnt for.
     assert prepare_corpus(folder, config, again).digest == made.digest
+    assert not list(tmp_path.glob("*tokenizer*"))
     streamed = stream_data(made, config, tokenizer)
     assert streamed.evaluation_bytes == made.held_out.text_bytes  # pyright: ignore
     assert streamed.summary.tokens == made.train.tokens
@@ -187,3 +194,83 @@ def test_shares_of_processes_are_the_rows_of_the_whole(
         found = jax.tree.map(lambda *a: np.concatenate(a, axis=-2), *map(next, parts))
         jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert parts[0].get_state() == whole.get_state()
+
+
+def write_rows(path: Path) -> str:
+    rows = [{"text": text, "title": f"title {i}"} for i, text in enumerate(TEXTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_corpus_of_another_column_or_size_of_vocabulary_is_refused(tmp_path: Path) -> None:
+    config = DataConfig(data=write_rows(tmp_path / "rows.jsonl"))
+    folder, tokenizer = tmp_path / "corpus", byte_tokenizer()
+    learnt = corpus_tokenizer(folder, config, size=280, own="")
+    prepare_corpus(folder, config, learnt, learnt=280)
+    smaller = corpus_tokenizer(folder, config, size=270, own="")
+    with pytest.raises(FabricError, match="another vocabulary; expected 270; found 280"):
+        prepare_corpus(folder, config, smaller, learnt=270)
+    other = DataConfig(data=config.data, columns=("text=title",))
+    folder = tmp_path / "titles"
+    titles = prepare_corpus(folder, other, tokenizer)
+    with pytest.raises(FabricError, match=r"another column; expected \[\]; found \['text=title'\]"):
+        prepare_corpus(folder, config, tokenizer)
+    index = json.loads((folder / "index.json").read_text())
+    del index["settings"]["columns"], index["settings"]["vocabulary"]  # as earlier versions wrote
+    (folder / "index.json").write_text(json.dumps(index))
+    assert prepare_corpus(folder, config, tokenizer).train.tokens == titles.train.tokens
+
+
+def test_a_vocabulary_is_never_that_of_an_attempt_that_failed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    config, folder = DataConfig(data=str(path)), tmp_path / "corpus"
+    with pytest.raises(FabricError, match="a conversation is no document"):
+        prepare_corpus(folder, config, corpus_tokenizer(folder, config, size=280, own=""))
+    write_rows(path)
+    assert corpus_tokenizer(folder, config, size=280, own="").vocab_size == 280
+
+
+def test_all_who_want_a_corpus_at_once_get_the_one_that_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(data=write_rows(tmp_path / "rows.jsonl"))
+    made: list[Path] = []
+    write = load_corpus.write_corpus
+
+    def counted(folder: Path, *given: Any, **named: Any) -> Corpus:
+        made.append(folder)
+        return write(folder, *given, **named)
+
+    monkeypatch.setattr(load_corpus, "write_corpus", counted)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [
+            pool.submit(prepare_corpus, tmp_path / "corpus", config, byte_tokenizer())
+            for _ in range(4)
+        ]
+    assert len({future.result().digest for future in futures}) == 1
+    assert made == [tmp_path / "corpus"]
+
+
+def test_documents_without_tokens_are_left_out(tmp_path: Path) -> None:
+    tokenizer = replace(byte_tokenizer(), bos_id=None, eos_id=None, add_bos=False)
+    tokenizer.backend.normalizer = normalizers.Strip()
+    documents = [parse_row({"text": text}, "row") for text in ("ab", " ", "cd", "\n", "e")]
+    corpus = write_corpus(tmp_path / "c", CorpusSettings(source="s"), documents, tokenizer)
+    assert corpus.train.starts.tolist() == [0, 2, 4]
+    positions = stream(corpus, length=4, rows=1)._row(0)[4]
+    assert positions.tolist() == [0, 1, 0, 1]
+
+
+def test_a_corpus_that_is_all_held_out_says_so(tmp_path: Path) -> None:
+    settings = CorpusSettings(source="texts", held_out=0.999999)
+    with pytest.raises(FabricError, match="found 40 documents, all of them held out"):
+        write_corpus(tmp_path / "corpus", settings, rows(), byte_tokenizer())
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_the_summary_counts_the_targets_of_an_epoch(corpus: Corpus, document_mask: bool) -> None:
+    config = DataConfig(data="texts", max_length=16, batch_size=3)
+    data = stream_data(corpus, config, byte_tokenizer(), document_mask=document_mask)
+    targets = sum(int(batch.loss_mask.sum()) for batch in data.train.epoch(0))
+    assert data.summary.trainable_tokens == targets

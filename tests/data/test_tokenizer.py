@@ -266,6 +266,9 @@ def test_folder_settings(tmp_path: Path) -> None:
     changed = load_tokenizer(tmp_path, chat_template=tmp_path / "mine.jinja")
     assert changed.chat_template == "mine"
     assert changed.fingerprint == tokenizer.fingerprint
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(FabricError, match=r"cannot read chat template .*chat_template\.jinja"):
+        load_tokenizer(tmp_path)
 
 
 def test_configured_bos_beats_the_post_processor(tmp_path: Path) -> None:

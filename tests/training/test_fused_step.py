@@ -140,9 +140,19 @@ def test_several_micro_batches_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"clip_norm": 1.0}, "clip_norm"), ({"remat": "linears"}, "remat"), ({"a": 2}, "accum")],
+    [
+        ({"clip_norm": 1.0}, "clip_norm"),
+        ({"remat": "linears"}, "remat"),
+        ({"a": 2}, "accum"),
+        ({"nonfinite": "skip"}, "nonfinite"),
+    ],
 )
 def test_what_needs_all_gradients_is_refused(change: dict[str, Any], name: str) -> None:
     optimizer = replace(OPTIMIZER, clip_norm=change.get("clip_norm", 0.0))
     with pytest.raises(FabricError, match=name):
-        check_fused(optimizer, change.get("remat", "layer"), change.get("a", 1))
+        check_fused(
+            optimizer,
+            change.get("remat", "layer"),
+            change.get("a", 1),
+            change.get("nonfinite", "stop"),
+        )

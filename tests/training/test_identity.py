@@ -35,3 +35,15 @@ def test_random_weights_are_named_by_how_they_were_made() -> None:
 def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
     with pytest.raises(FabricError):
         weights_digest(str(tmp_path / "none"), 0)
+
+
+def test_the_output_of_a_run_is_named_by_its_weights(tmp_path: Path) -> None:
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"format": "fabric_jax"}')
+    digests: set[str] = set()
+    for content in (b"a", b"b"):
+        (model / "model.safetensors").write_bytes(content)
+        assert weights_digest(str(tmp_path / "run"), 0) == weights_digest(str(model), 0)
+        digests.add(weights_digest(str(tmp_path / "run"), 0))
+    assert len(digests) == 2

@@ -19,6 +19,7 @@ from fabric_jax.conversion import ConvertConfig
 from fabric_jax.conversion.convert import convert
 from fabric_jax.data.config import DataConfig
 from fabric_jax.data.token_stream import TokenStream
+from fabric_jax.data.tokenizer import byte_tokenizer, load_tokenizer
 from fabric_jax.errors import FabricError
 from fabric_jax.models.decoder import DecoderDefinition, DecoderOptions, define_decoder
 from fabric_jax.models.initialize import Tree, initialize_base
@@ -30,6 +31,7 @@ from fabric_jax.training.config import OptimizerConfig, PretrainConfig
 from fabric_jax.training.loop import pretrain
 from fabric_jax.training.pretrain import find_origin, pretrain_job
 from fabric_jax.training.summary import Summary
+from fabric_jax.training.train import unfinished_warmup
 from tests.training.conftest import MICRO
 from tests.training.runs import Crash, metrics
 
@@ -264,4 +266,91 @@ def test_recipes_refuse_what_they_are_not_for(
     chosen = micro_model if model == "packed" else folder
     config = settings(text_rows, tmp_path / "run", model=str(chosen), recipe=recipe)
     with pytest.raises(FabricError, match=message):
+        find_origin(config)
+
+
+def dense_folder(folder: Path) -> str:
+    """A dense model as a run without quantisers exports it."""
+    definition = define_decoder(
+        replace(ONE, ternary=False), DecoderOptions(mode="float", act_quant="none")
+    )
+    save_model(folder, definition, initialize_base(definition, 0), tokenizer_json=None)
+    return str(folder)
+
+
+def test_a_converted_model_has_quantised_activations(text_rows: Path, tmp_path: Path) -> None:
+    dense = dense_folder(tmp_path / "dense")
+    config = settings(text_rows, tmp_path / "run", model=dense, recipe="convert")
+    options = [
+        pretrain_job(one, find_origin(one)).definition.options
+        for one in (config, replace(config, act_quant="block256"))
+    ]
+    assert [one.act_quant for one in options] == ["per_token", "block256"]
+
+
+def test_a_run_shorter_than_its_quantisation_says_so(text_rows: Path, tmp_path: Path) -> None:
+    dense = dense_folder(tmp_path / "dense")
+    config = settings(text_rows, tmp_path / "run", model=dense, recipe="convert")
+    said: list[str] = []
+    for warmup, steps in ((8, 6), (6, 6), (5, 6)):
+        job = pretrain_job(replace(config, quantization_warmup=warmup), find_origin(config))
+        said.append(" ".join(unfinished_warmup(job, steps)))
+    # The last of six steps is number 5 from 0.
+    assert "grows over 8 steps" in said[0]
+    assert "trains at 62% of it" in said[0]
+    assert "trains at 83% of it" in said[1]
+    assert not said[2]
+
+
+def test_an_exported_model_brings_its_chat_template_and_end_of_turn(
+    micro_model: Path, tmp_path: Path
+) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    backend = byte_tokenizer().backend
+    backend.save(str(tokenizer / "tokenizer.json"))
+    special = {"bos_token": "<|bos|>", "eos_token": "<|pad|>", "add_bos_token": False}
+    special["chat_template"] = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(special))
+    (tokenizer / "generation_config.json").write_text('{"eos_token_id": [256, 258]}')
+    rows = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    config = settings(rows, tmp_path / "run", model=str(micro_model), recipe="sft")
+    dataset = replace(config.dataset, eval_fraction=0.0, tokenizer=str(tokenizer))
+    job = pretrain_job(replace(config, dataset=dataset), find_origin(config))
+    for _ in range(2):  # An earlier export is replaced.
+        job.export(tmp_path / "run" / "model", job.fresh())
+    found = load_tokenizer(open_source(tmp_path / "run").tokenizer_source)
+    expected = load_tokenizer(tokenizer)
+    assert found.fingerprint == expected.fingerprint
+    for name in ("bos_id", "eos_id", "pad_id", "stop_ids", "add_bos", "chat_template"):
+        assert getattr(found, name) == getattr(expected, name), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_prompt": "x" * 5000, "samples": 1}, "beginning of the samples fills"),
+        (
+            {"act_quant": "block256", "ste": SteOptions(activations="int4-hybrid")},
+            "a rule of their own; expected act_quant per_token; found block256",
+        ),
+    ],
+    ids=["prompt", "int4"],
+)
+def test_settings_that_would_fail_late_or_count_for_nothing(
+    changes: Any, message: str, text_rows: Path, tmp_path: Path
+) -> None:
+    config = settings(text_rows, tmp_path / "run", **changes)
+    with pytest.raises(FabricError, match=message):
+        pretrain_job(config, find_origin(config))
+
+
+def test_a_model_that_is_taken_as_it_is_learns_no_vocabulary(
+    micro_model: Path, text_rows: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"model": str(micro_model), "train_tokenizer": 300}
+    config = settings(text_rows, tmp_path / "run", recipe="continue", **changes)
+    with pytest.raises(FabricError, match=r"Leave out .*--train-tokenizer"):
         find_origin(config)

@@ -1,6 +1,7 @@
 """The published recipes: shapes of the schedules, and how flags change them."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from fabric_jax.data.config import DataConfig
 from fabric_jax.errors import FabricError
 from fabric_jax.training.config import OptimizerConfig, PretrainConfig
 from fabric_jax.training.optimizer import (
+    describe_optimizer,
     learning_rate_schedule,
     make_optimizer,
     warmup_steps,
@@ -91,7 +93,11 @@ def test_what_is_given_counts_and_the_rest_is_the_recipes() -> None:
         model="bitnet-tiny", output="o", dataset=DATA, optimizer=OptimizerConfig(learning_rate=4e-3)
     )
     found = resolve(config, 1_000_000).optimizer
-    assert found == replace(recipe_optimizer("scratch", 1), learning_rate=4e-3)
+    second = pytest.approx(4e-3 * 1e-3 / 1.5e-3)
+    assert (found.learning_rate, found.second_learning_rate) == (4e-3, second)
+    published = recipe_optimizer("scratch", 1)
+    back = replace(found, learning_rate=1.5e-3, second_learning_rate=1e-3)
+    assert back == published
     cosine = replace(config, optimizer=OptimizerConfig(schedule="linear", weight_decay=0.5))
     found = resolve(cosine, 1_000_000).optimizer
     assert (found.schedule, found.weight_decay, found.second_learning_rate) == ("linear", 0.5, 0)
@@ -99,6 +105,37 @@ def test_what_is_given_counts_and_the_rest_is_the_recipes() -> None:
     assert resolve(plain, 1_000_000) == plain
     sft = resolve(replace(config, recipe="sft", optimizer=OptimizerConfig()), 1).optimizer
     assert (sft.learning_rate, sft.weight_decay) == (1e-4, 0)
+
+
+def test_the_second_stage_never_begins_above_the_first() -> None:
+    config = PretrainConfig(
+        model="bitnet-tiny", output="o", dataset=DATA, optimizer=OptimizerConfig(learning_rate=2e-5)
+    )
+    found = rates(resolve(config, 1_000_000).optimizer, 100)
+    assert found[50] < found[49]
+    given = OptimizerConfig(learning_rate=4e-4, second_learning_rate=4e-4, schedule="two-stage")
+    found = resolve(replace(config, optimizer=given), 1).optimizer
+    assert found.second_learning_rate == 4e-4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05])
+def test_a_share_of_warmup_counts_where_the_recipe_has_steps(share: float) -> None:
+    given = OptimizerConfig(warmup_ratio=share)
+    config = PretrainConfig(model="bitnet-tiny", output="o", dataset=DATA, optimizer=given)
+    optimizer = resolve(config, 1).optimizer
+    assert warmup_steps(optimizer, 2000) == 2000 * share
+    steps = replace(given, warmup_steps=7)
+    assert warmup_steps(resolve(replace(config, optimizer=steps), 1).optimizer, 2000) == 7
+
+
+def test_a_run_says_what_its_recipe_decided() -> None:
+    assert describe_optimizer(SCRATCH, 200) == (
+        "two-stage: learning rate 0.0015, from half of the run 0.001, to 3e-05; "
+        "warm-up steps 20; weight decay 0.1, then 0"
+    )
+    constant = OptimizerConfig(schedule="constant", warmup_ratio=0)
+    line = "constant: learning rate 0.0002; warm-up steps 0; weight decay 0"
+    assert describe_optimizer(constant, 9) == line
 
 
 def test_quantisation_grows_linearly_and_stays() -> None:
@@ -115,5 +152,11 @@ def test_settings_that_contradict_each_other() -> None:
         PretrainConfig(
             model="m", output="o", dataset=replace(DATA, tokenizer="t"), train_tokenizer=300
         )
+    with pytest.raises(FabricError, match=r"knows no train_on.*found completion"):
+        PretrainConfig(model="m", output="o", dataset=replace(DATA, train_on="completion"))
+    streams: list[dict[str, Any]] = [{"corpus": "c"}, {"document_mask": False}]
+    for given in streams:
+        with pytest.raises(FabricError, match="rows stream alone"):
+            PretrainConfig(model="m", output="o", dataset=DATA, recipe="sft", **given)
     with pytest.raises(FabricError, match="no document_mask"):
         PretrainConfig(model="m", output="o", dataset=DATA, attention="cudnn-causal")

@@ -14,7 +14,7 @@ from fabric_jax.errors import FabricError
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.training.command import command_line, flags
 from fabric_jax.training.config import FinetuneConfig, OptimizerConfig
-from fabric_jax.training.metrics import cut_back, perplexity
+from fabric_jax.training.metrics import MetricsLog, cut_back, perplexity
 from fabric_jax.training.totals import Totals
 
 WORDS = st.text("abc/ -_'é", min_size=1, max_size=8).filter(lambda word: word[0] not in "-")
@@ -74,6 +74,13 @@ def test_metrics_after_an_unreadable_line_are_removed(tmp_path: Path, junk: byte
     path.write_bytes(b'{"step": 1}\n' + junk + b'{"step": 2}\n')
     cut_back(path, 5)
     assert path.read_bytes() == b'{"step": 1}\n'
+
+
+def test_samples_that_a_resumed_run_writes_again_are_removed(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "text": "t"}) + "\n" for step in (3, 6)]
+    (tmp_path / "samples.jsonl").write_text("".join(lines))
+    MetricsLog(tmp_path, last_step=5, tensorboard=False).close()
+    assert (tmp_path / "samples.jsonl").read_text() == lines[0]
 
 
 def test_counters_survive_json() -> None:
