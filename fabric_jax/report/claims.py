@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fabric_jax.report.biomed import seconds, shape_of, smallest_epochs
+from fabric_jax.report.biomed import SMALLEST, seconds, shape_of, smallest_epochs
 from fabric_jax.report.document import Tone, Value, Verdict
 from fabric_jax.report.published import published
 from fabric_jax.report.records_index import (
@@ -102,9 +102,12 @@ def _ten_minutes(index: Index) -> Verdict:
         text = f"{seconds(epoch)} s, and {seconds(compiling)} s to compile"
         evidence.append((label, Value(text, record.digest)))
     holding = [each for each in spent if each <= 600]
+    theirs = published()["epoch_seconds"]
+    small, large = theirs["ternary1.6"][SMALLEST], theirs["ternary2"][SMALLEST]
     reasons = [
-        "Published: 600 s (TQ1_0) and 610 s (TQ2_0) on a Galaxy S25; 61 and 80 s on an RTX 4090. "
-        "No phone was measured here; the condition is the hardware named.",
+        f"Published: {small['s25_adreno_gpu']} s (TQ1_0) and {large['s25_adreno_gpu']} s (TQ2_0) "
+        f"on a Galaxy S25; {small['nvidia_rtx4090']} and {large['nvidia_rtx4090']} s on an RTX "
+        "4090. No phone was measured here; the condition is the hardware named.",
     ]
     tone = _tone(len(holding), len(spent))
     return _verdict(
@@ -129,10 +132,11 @@ def _phone(index: Index) -> Verdict:
                 needing.append(record)
                 fitting += needed <= PHONE_BYTES
                 evidence.append((f"{platform}, recipe {recipe}, {weights}", _mib(record)))
+    theirs = published()["vram_mib"]["bitnet-13b"]
     reasons = [
-        "Published: 2,789 MiB (TQ1_0) and 6,835 MiB (TQ2_0) on a phone with 8 GB. No phone was "
-        "measured here: these are what the job's arrays and scratch take, not what a phone leaves "
-        "to a program.",
+        f"Published: {theirs['ternary1.6']:,} MiB (TQ1_0) and {theirs['ternary2']:,} MiB (TQ2_0) "
+        "on a phone with 8 GB. No phone was measured here: these are what the job's arrays and "
+        "scratch take, not what a phone leaves to a program.",
     ]
     if needing:
         reasons.append(f"{fitting} of {len(needing)} are below 8 GB, {how(needing)}.")
