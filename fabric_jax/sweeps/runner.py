@@ -262,16 +262,20 @@ def _run_task(
         task.state = "waiting"
         return
     if not written():
-        gone = ending.status == "ok"
-        failed = replace(
-            draft,
-            status="crash" if gone else ending.status,
-            detail="the process ended before measure() did" if gone else ending.detail,
-            seconds=round(ending.seconds, 3),
-            device=_host_facts(),
-        )
-        write_record(task.path, failed)
+        write_record(task.path, _failed(draft, ending))
     task.record, task.state = read_record(task.path), "done"
+
+
+def _failed(draft: Record, ending: Ending) -> Record:
+    """The record of a process that left none."""
+    gone = ending.status == "ok"
+    return replace(
+        draft,
+        status="crash" if gone else ending.status,
+        detail="the process ended before measure() did" if gone else ending.detail,
+        seconds=round(ending.seconds, 3),
+        device=_host_facts(),
+    )
 
 
 def _task(
