@@ -33,7 +33,7 @@ from jax import lax
 
 from experiments.job import BITNET
 from fabric_jax.errors import FabricError
-from fabric_jax.files import write_json
+from fabric_jax.files import require_writable, write_json
 from fabric_jax.generation.config import GenerationConfig
 from fabric_jax.generation.generator import Generator, bucket, make_generator
 from fabric_jax.generation.sampling import sampling_of
@@ -331,6 +331,8 @@ def main() -> int:
         for packing in several["packing"]
         for batch in several["batch"]
     ]
+    if out:
+        require_writable(out)
     records = run(cells)
     if out:
         facts = device_facts().to_dict()

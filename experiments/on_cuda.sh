@@ -31,7 +31,7 @@
 # PLATFORM (cuda), JOBS (12), LIMIT (cells a sweep; 0 for all): to try it elsewhere.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(mkdir -p "$1" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?is the folder for the records}" && cd "$1" && pwd) || exit 2
 shift
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
 records=${RECORDS:-$(mktemp -d)}
@@ -152,14 +152,16 @@ kernels() {
     sweep records kernels --jobs "$turns" $models
 }
 
-keep_on &
-keeper=$!
-trap 'kill $keeper 2>/dev/null; keep' EXIT
 for part in "${@:-vram}"; do
     case $part in
     check | vram | model | quality | ste | ablation_times | lossless | throughput | decode | host | kernels) ;;
     *) echo "no part $part" >&2 && exit 2 ;;
     esac
+done
+keep_on &
+keeper=$!
+trap 'kill $keeper 2>/dev/null; keep' EXIT
+for part in "${@:-vram}"; do
     began=$SECONDS
     "$part"
     keep

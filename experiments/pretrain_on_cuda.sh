@@ -16,7 +16,7 @@
 # words for the programs, such as THROUGHPUT="--rows 64"; PLATFORM=cpu tries it all without a device.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(mkdir -p "$1" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?is the folder for the results}" && cd "$1" && pwd) || exit 2
 shift
 export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1
 platform=${PLATFORM:-cuda}
@@ -79,6 +79,9 @@ for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.json")):
 }
 
 [ $# -gt 0 ] || set -- throughput gap ste
+for each in "$@"; do
+    case $each in throughput | gap | ste) ;; *) echo "no part $each" >&2 && exit 2 ;; esac
+done
 for each in "$@"; do
     began=$SECONDS
     "$each"

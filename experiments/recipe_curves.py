@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from fabric_jax.data.config import DataConfig
-from fabric_jax.files import write_json
+from fabric_jax.files import require_writable, write_json
 from fabric_jax.measurement.device import device_facts
 from fabric_jax.training.config import FinetuneConfig, OptimizerConfig
 from fabric_jax.training.loop import finetune
@@ -125,6 +125,7 @@ def main() -> None:
     settings = Settings(
         data=given.data, tokenizer=given.tokenizer, model=given.model, steps=given.steps
     )
+    require_writable(given.out)
     curves = run(settings)
     record = {
         "experiment": "recipe_curves",

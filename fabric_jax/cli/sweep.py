@@ -29,7 +29,10 @@ def run(arguments: Sequence[str]) -> int:
         tasks = sweep(options, make_board())
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
-            "interrupted; the same command goes on, cells with a record are kept"
+            "interrupted; the same command measures all cells again, until then each has the "
+            "record that it had"
+            if options.rerun == "all"
+            else "interrupted; the same command goes on, cells with a record are kept"
         ) from stop
     if given.bundle:
         _bundle(Path(options.out), Path(given.bundle))

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from fabric_jax.report.document import Block, Heading, Table, Text, Value
 from fabric_jax.report.figures import interval, rank_records
 from fabric_jax.report.published import published
-from fabric_jax.report.records_index import Index, device_name, figure_of, mib, short
+from fabric_jax.report.records_index import (
+    Index,
+    device_name,
+    figure_of,
+    is_whole,
+    mib,
+    short,
+)
 from fabric_jax.sweeps.records import Record
 
 SMALLEST = "bitnet-125m"
@@ -21,7 +28,7 @@ def smallest_epochs(index: Index) -> list[Record]:
         for record in sorted(
             (
                 record
-                for record in index.find("finetune_throughput", platform, model=SMALLEST)
+                for record in index.comparable("finetune_throughput", platform, model=SMALLEST)
                 if record.status == "ok" and record.kind == "run"
             ),
             key=lambda record: record.metrics["epoch_seconds"],
@@ -69,11 +76,6 @@ def _warm(record: Record) -> str:
         f"{seconds(metrics['epoch_seconds'])} s once its program is there{part}, and making the "
         f"program {seconds(metrics['compile_seconds'])} s."
     )
-
-
-def is_whole(record: Record) -> bool:
-    """Whether all steps of the epoch ran."""
-    return record.metrics["steps_run"] == record.metrics["epoch_steps"]
 
 
 def shape_of(record: Record) -> str:

@@ -1,6 +1,8 @@
 """From records to a report."""
 
+import os
 from pathlib import Path
+from urllib.parse import quote
 
 from fabric_jax.files import write_atomically
 from fabric_jax.report.biomed import accuracy_blocks, smallest_epoch_blocks
@@ -21,7 +23,7 @@ def write_report(records: Path, out: Path) -> list[Path]:
 
     Args:
         records: folder of records.
-        out: folder to write into; links in the Markdown are relative to it where they can be.
+        out: folder to write into; links in the Markdown are relative to it.
 
     Returns:
         The files written.
@@ -92,12 +94,5 @@ def _with(picture: Picture | None, blocks: list[Block]) -> list[Block]:
 
 def _relative(records: Path, out: Path) -> str:
     """The folder of records as seen from the report."""
-    try:
-        inside = records.resolve().relative_to(out.resolve())
-    except ValueError:
-        try:
-            steps = out.resolve().relative_to(records.resolve()).parts
-        except ValueError:
-            return ""
-        return "../" * len(steps)
-    return "" if str(inside) == "." else f"{inside}/"
+    inside = os.path.relpath(records.resolve(), out.resolve())
+    return "" if inside == "." else f"{quote(inside)}/"

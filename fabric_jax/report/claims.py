@@ -2,10 +2,19 @@
 
 from collections.abc import Sequence
 
-from fabric_jax.report.biomed import is_whole, seconds, shape_of, smallest_epochs
+from fabric_jax.report.biomed import SMALLEST, seconds, shape_of, smallest_epochs
 from fabric_jax.report.document import Tone, Value, Verdict
 from fabric_jax.report.published import published
-from fabric_jax.report.records_index import MEMORY, Index, device_name, mib, number, short
+from fabric_jax.report.records_index import (
+    MEMORY,
+    Index,
+    device_name,
+    how,
+    is_whole,
+    mib,
+    number,
+    short,
+)
 from fabric_jax.report.tables import lossless_variant
 from fabric_jax.sweeps.records import Record
 
@@ -41,6 +50,7 @@ def _saving(
     with_two_bits = 100 * (1 - theirs[small[0]]["ternary2"] / printed[1])
     evidence: list[tuple[str, Value]] = []
     savings: dict[str, float] = {}
+    compared: list[Record] = []
     for platform in index.platforms("vram"):
         for recipe in ("seed", "ours"):
             for weights in (small[1], "ternary2"):
@@ -49,6 +59,9 @@ def _saving(
                 least, most = number(one, *MEMORY), number(other, *MEMORY)
                 if one is None or other is None or least is None or most is None:
                     continue
+                if one.kind != other.kind:
+                    continue
+                compared += [one, other]
                 saving = 100 * (1 - least / most)
                 name = f"{platform}, recipe {recipe}, {weights}"
                 savings[name] = saving
@@ -65,7 +78,7 @@ def _saving(
     if savings:
         low, high = min(savings.values()), max(savings.values())
         reasons.append(
-            f"Measured in the same recipe on both sides: {low:.1f} to {high:.1f} % "
+            f"In the same recipe on both sides, {how(compared)}: {low:.1f} to {high:.1f} % "
             f"({len(holding)} of {len(savings)} pairs reach {claimed} %)."
         )
     if holding and len(holding) < len(savings):
@@ -89,9 +102,12 @@ def _ten_minutes(index: Index) -> Verdict:
         text = f"{seconds(epoch)} s, and {seconds(compiling)} s to compile"
         evidence.append((label, Value(text, record.digest)))
     holding = [each for each in spent if each <= 600]
+    theirs = published()["epoch_seconds"]
+    small, large = theirs["ternary1.6"][SMALLEST], theirs["ternary2"][SMALLEST]
     reasons = [
-        "Published: 600 s (TQ1_0) and 610 s (TQ2_0) on a Galaxy S25; 61 and 80 s on an RTX 4090. "
-        "No phone was measured here; the condition is the hardware named.",
+        f"Published: {small['s25_adreno_gpu']} s (TQ1_0) and {large['s25_adreno_gpu']} s (TQ2_0) "
+        f"on a Galaxy S25; {small['nvidia_rtx4090']} and {large['nvidia_rtx4090']} s on an RTX "
+        "4090. No phone was measured here; the condition is the hardware named.",
     ]
     tone = _tone(len(holding), len(spent))
     return _verdict(
@@ -104,7 +120,8 @@ def _ten_minutes(index: Index) -> Verdict:
 
 def _phone(index: Index) -> Verdict:
     evidence: list[tuple[str, Value]] = []
-    fitting = total = 0
+    needing: list[Record] = []
+    fitting = 0
     for platform in index.platforms("vram"):
         for recipe in ("seed", "ours", "smallest"):
             for weights in ("ternary2", "ternary1.6"):
@@ -112,32 +129,34 @@ def _phone(index: Index) -> Verdict:
                 needed = number(record, *MEMORY)
                 if record is None or needed is None:
                     continue
-                total += 1
+                needing.append(record)
                 fitting += needed <= PHONE_BYTES
                 evidence.append((f"{platform}, recipe {recipe}, {weights}", _mib(record)))
+    theirs = published()["vram_mib"]["bitnet-13b"]
     reasons = [
-        "Published: 2,789 MiB (TQ1_0) and 6,835 MiB (TQ2_0) on a phone with 8 GB. Measured is what "
-        "the job's arrays and scratch take, not what a phone leaves to a program.",
+        f"Published: {theirs['ternary1.6']:,} MiB (TQ1_0) and {theirs['ternary2']:,} MiB (TQ2_0) "
+        "on a phone with 8 GB. No phone was measured here: these are what the job's arrays and "
+        "scratch take, not what a phone leaves to a program.",
     ]
+    if needing:
+        reasons.append(f"{fitting} of {len(needing)} are below 8 GB, {how(needing)}.")
+    tone = _tone(fitting, len(needing))
     claim = "a 13B model fine-tunes in a phone's memory"
-    return _verdict(claim, _tone(fitting, total), reasons, evidence)
+    return _verdict(claim, "mixed" if tone == "good" else tone, reasons, evidence)
 
 
 GENERATION = ("decode_tokens_per_second", "tokens_per_second")
-HOST_CELL = ("model", "packing", "batch")
 
 
 def _with_their_hosts(index: Index) -> list[tuple[Record, Record]]:
     """Generation on GPUs, each with the same cell on the processor of that machine."""
     return [
         (device, host)
-        for device in index.find("decode_throughput", "cuda")
-        for host in index.find(
-            "host_decode", "cpu", **{key: device.cell.get(key) for key in HOST_CELL}
-        )
+        for device in index.comparable("decode_throughput", "cuda")
+        for host in index.find("host_decode", "cpu", **device.cell)
         if number(device, *GENERATION)
         and number(host, *GENERATION)
-        and device.device.get("cpu") == host.device.get("cpu")
+        and all(device.device.get(fact) == host.device.get(fact) for fact in ("cpu", "cores"))
     ]
 
 
@@ -149,8 +168,7 @@ def _gpu_over_cpu(index: Index) -> Verdict:
     for device, host in measured:
         fast, slow = (number(record, *GENERATION) or 0.0 for record in (device, host))
         ratios.append(fast / slow)
-        cell = (device.cell.get(key) for key in HOST_CELL)
-        label = " ".join(value for value in cell if isinstance(value, str))
+        label = f"{device.cell['model']} {device.cell['packing']}"
         evidence += [
             (f"{label} on the GPU", Value(short(fast), device.digest)),
             (f"{label} on its host's CPU", Value(short(slow), host.digest)),
@@ -172,7 +190,8 @@ def _gpu_over_cpu(index: Index) -> Verdict:
     if ratios:
         gpu, cpu = (device_name(records) for records in zip(*measured, strict=True))
         reasons.append(
-            f"Measured: {min(ratios):.1f} to {max(ratios):.1f} times, {gpu} against {cpu}."
+            f"Measured: {min(ratios):.1f} to {max(ratios):.1f} times, {gpu} against {cpu}, each in "
+            "its platform's own dtype."
         )
     holding = sum(ratio >= 2.1 for ratio in ratios)
     tone = _tone(holding, len(ratios))

@@ -53,20 +53,19 @@ def memory_picture(index: Index) -> Picture | None:
     ]
     handles.append(Line2D([], [], color="black", label="published, TQ2_0"))
     axes.legend(handles=handles, loc="upper left")
-    kinds = sorted({r.kind for r in found.values()})
     return Picture(
         name="memory",
         svg=to_svg(figure),
-        caption=f"Memory of a LoRA step by category, 2-bit weights, on {platform} "
-        f"({device_name(found.values())}; {' and '.join(kinds)}). From left to right in each "
-        f"group: recipe {', '.join(recipes)}. Black: the published figure.",
+        caption="Memory of a LoRA step by category, as the compiler plans it, 2-bit weights, on "
+        f"{platform} ({device_name(found.values())}). From left to right in each group: recipe "
+        f"{', '.join(recipes)}. Black: the published figure.",
     )
 
 
 def _stacks(index: Index, platform: str) -> dict[tuple[str, str], Record]:
     return {
         (record.cell["model"], record.cell["recipe"]): record
-        for record in reversed(index.find("vram", platform, weights="ternary2"))
+        for record in reversed(index.comparable("vram", platform, weights="ternary2"))
         if record.status == "ok" and "category_bytes" in record.metrics
     }
 
@@ -158,8 +157,8 @@ def rank_picture(index: Index) -> Picture | None:
             [x * (1 + 0.03 * i) for x in xs],
             means,
             errors,
-            fmt=f"{MARKERS[i]}-",
-            color=COLOURS[i],
+            fmt=f"{MARKERS[i % len(MARKERS)]}-",
+            color=COLOURS[i % len(COLOURS)],
             capsize=2.5,
             linewidth=1,
             label=f"ours, {name}",

@@ -10,6 +10,7 @@ from fabric_jax.report.figures import interval
 from fabric_jax.report.plot import COLOURS, MARKERS, new_figure, to_svg
 from fabric_jax.report.records_index import FAILED, Index, device_name, short, title
 from fabric_jax.report.seeds import seed_blocks
+from fabric_jax.sweeps.cells import describe
 from fabric_jax.sweeps.records import Record
 
 MOST_COLUMNS = 7
@@ -23,12 +24,23 @@ def experiment_section(index: Index, experiment: str) -> list[Block]:
     blocks: list[Block] = [
         Heading(text=experiment, level=3),
         Text(text=f"{records[0].question} ({device_name(records)})"),
+        *_shared(records),
         *means,
         _table(records),
     ]
     drawn = any(isinstance(block, Picture) for block in means)
     picture = None if drawn else _picture(experiment, records)
     return blocks if picture is None else [*blocks, picture]
+
+
+def _shared(records: Sequence[Record]) -> list[Block]:
+    """The settings that all cells have alike, without which figures say little."""
+    # What a platform made of a setting goes first.
+    made = [record.cell | record.metrics.get("settings", {}) for record in records]
+    first = {name: made[0][name] for name in records[0].cell}
+    same = [name for name in first if all(own.get(name) == first[name] for own in made)]
+    told = describe(first, [name for name in same if first[name] not in ("", None)])
+    return [Text(text=f"In every cell: {told}.", small=True)] if told else []
 
 
 def _in_order(records: Sequence[Record]) -> list[Record]:
@@ -132,7 +144,8 @@ def _picture(experiment: str, records: Sequence[Record]) -> Picture | None:
     draw = _bars if asked["kind"] == "bar" else _lines
     draw(axes, groups)
     places = sorted({x for points in groups.values() for x in points}, key=str)
-    if "x" in asked["log"] and asked["kind"] != "bar":
+    numbers = all(isinstance(place, int | float) for place in places)
+    if numbers and "x" in asked["log"] and asked["kind"] != "bar":
         axes.set_xscale("log")
         if len(places) <= FEW_TICKS:
             axes.set_xticks(places, [f"{x:g}" for x in places])

@@ -1,6 +1,7 @@
 """A report as Markdown; figures lie beside it, numbers link to their records."""
 
 from collections.abc import Callable, Sequence
+from urllib.parse import quote
 
 from fabric_jax.report.document import Block, Heading, Picture, Table, Text, Value, Verdict
 from fabric_jax.report.records_index import Index
@@ -14,7 +15,8 @@ def to_markdown(blocks: Sequence[Block], index: Index, *, base: str) -> str:
         index: of its records.
         base: what leads from the report to the folder of records.
     """
-    places = {record.digest: f"{base}{where}" for where, record in index.places}
+    # Spaces and parentheses would end a link.
+    places = {record.digest: base + quote(where, safe="/#") for where, record in index.places}
 
     def linked(value: Value) -> str:
         text = value.text.replace("|", "\\|").replace("*", "\\*")

@@ -22,10 +22,10 @@ VRAM_NOTE = (
 )
 EPOCH_NOTE = (
     "Published: wall clock of one epoch, evaluation of 14 rows and checkpoints included; no "
-    "spread. The quotient of the TQ2_0 and TQ1_0 columns is the same on three devices to the last "
-    "digit, so the columns were not measured independently. Ours is all steps of the epoch after "
-    "compilation, without evaluation and checkpoints; where a cell ran part of an epoch, the "
-    "median step times their number."
+    "spread. The quotient of the TQ2_0 and TQ1_0 columns is the same on three devices to within "
+    "what is rounded, so the columns were not measured independently. Ours is all steps of the "
+    "epoch after compilation, without evaluation and checkpoints; ≈ where a cell ran part of an "
+    "epoch: the median step times their number."
 )
 DECODE_NOTE = (
     "Published: llama-cli, batch 1, 256 tokens, sampled; which of the tool's columns is printed is "

@@ -15,6 +15,20 @@ FAILED = {
     "unsupported": "not on this platform",
 }
 
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "vram": {"rows": 1, "length": 128, "rank": 8, "implementation": "auto"},
+    "finetune_throughput": {
+        **{"weights": "ternary2", "rank": 8, "implementation": "auto"},
+        **{"data": "", "compile_only": False},
+    },
+    "decode_throughput": {
+        **{"batch": 1, "prompt": 32, "new": 256, "implementation": ""},
+        **{"table": "bfloat16", "cache": ""},
+    },
+}
+"""What a cell beside a published figure has, where it has that setting at all; cells with other
+settings are in the table of their experiment alone."""
+
 
 @dataclass(frozen=True)
 class Index:
@@ -38,9 +52,18 @@ class Index:
         ]
         return sorted(found, key=lambda record: record.started, reverse=True)
 
+    def comparable(self, experiment: str, platform: str = "", **cell: Any) -> list[Record]:
+        """Those of :meth:`find` that may stand beside published figures."""
+        wanted = AS_PUBLISHED.get(experiment, {})
+        return [
+            record
+            for record in self.find(experiment, platform, **cell)
+            if all(record.cell.get(key, value) == value for key, value in wanted.items())
+        ]
+
     def first(self, experiment: str, platform: str = "", **cell: Any) -> Record | None:
-        """The newest that went well, else the newest, else None."""
-        found = self.find(experiment, platform, **cell)
+        """Of those that may be compared the newest that went well, else the newest, else None."""
+        found = self.comparable(experiment, platform, **cell)
         well = [record for record in found if record.status == "ok"]
         return (well or found or [None])[0]
 
@@ -103,6 +126,22 @@ def short(value: Any, name: str = "") -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.4g}"
+
+
+def is_whole(record: Record) -> bool:
+    """Whether all steps of the epoch ran."""
+    return record.metrics["steps_run"] == record.metrics["epoch_steps"]
+
+
+def how(records: Iterable[Record]) -> str:
+    """``run on cuda (a GPU), compiled for cpu``: what was done to get figures."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        found.setdefault((record.platform, record.kind), []).append(record)
+    return ", ".join(
+        f"run on {platform} ({device_name(own)})" if kind == "run" else f"{kind} for {platform}"
+        for (platform, kind), own in found.items()
+    )
 
 
 def title(name: str) -> str:

@@ -148,7 +148,7 @@ def difference_picture(
     drawing, panels = new_figure(6.4, 0.9 + 0.3 * len(groups) / len(platforms), len(platforms))
     for axes, platform in zip(panels, platforms, strict=True):
         pairs = [(g, b) for g, b in zip(groups, bases, strict=True) if g.platform == platform]
-        drawn = [(g, b) for g, b in pairs if b is not None and g is not b]
+        drawn = [(g, b) for g, b in pairs if b is not None and g is not b and difference(g, b, y)]
         for place, (group, base) in enumerate(drawn):
             own, other = group.values(y), base.values(y)
             points = [own[seed] - other[seed] for seed in own if seed in other]

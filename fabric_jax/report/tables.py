@@ -16,6 +16,7 @@ from fabric_jax.report.records_index import (
     Index,
     device_name,
     figure_of,
+    is_whole,
     mib,
     number,
     short,
@@ -133,22 +134,29 @@ def _epoch_row(index: Index, platform: str, model: str) -> tuple[Value, ...] | N
     return (
         Value(model),
         *(Value("–" if theirs[name] is None else f"{theirs[name]:,}") for name in names),
-        figure_of(record, ("epoch_seconds",), _seconds),
+        _epoch(record),
         Value(ratio),
         figure_of(record, ("step_seconds",), lambda s: short(s, "step_seconds")),
         figure_of(record, ("real_tokens_per_second",), short),
         figure_of(record, ("positions_per_second",), short),
         figure_of(record, ("of_roofline",), lambda x: f"{100 * x:.0f} %"),
-        *(
-            figure_of(best_epoch(index, platform, model, shape), ("epoch_seconds",), _seconds)
-            for shape in ("packed", "current")
-        ),
+        *(_epoch(best_epoch(index, platform, model, shape)) for shape in ("packed", "current")),
     )
+
+
+def _epoch(record: Record | None) -> Value:
+    """Seconds an epoch, marked where not all of it ran."""
+
+    def show(seconds: float) -> str:
+        assert record is not None
+        return f"{'' if is_whole(record) else '≈ '}{_seconds(seconds)}"
+
+    return figure_of(record, ("epoch_seconds",), show)
 
 
 def best_epoch(index: Index, platform: str, model: str, shape: str) -> Record | None:
     """The fastest record of an epoch that ran; a failure where none did."""
-    found = index.find("finetune_throughput", platform, model=model, shape=shape)
+    found = index.comparable("finetune_throughput", platform, model=model, shape=shape)
     ran = [r for r in found if r.status == "ok" and r.kind == "run"]
     if ran:
         return min(ran, key=lambda record: record.metrics["epoch_seconds"])
@@ -164,8 +172,7 @@ def decode_tables(index: Index) -> list[Block]:
         rows: list[tuple[Value, ...]] = []
         for model in SIZES:
             for packing in ("ternary1.6", "ternary2"):
-                cell = {"model": model, "packing": packing, "batch": 1}
-                record = index.first("decode_throughput", platform, **cell)
+                record = index.first("decode_throughput", platform, model=model, packing=packing)
                 if record is None:
                     continue
                 theirs = published()["decode_tokens_per_second"][packing][model]
@@ -181,10 +188,13 @@ def decode_tables(index: Index) -> list[Block]:
         if rows:
             devices = ("RTX 4090", "AMD 1920X", "Apple M3 Pro")
             columns = ("model", "format", *devices, "ours", "first token", "of memory's limit")
-            records = index.find("decode_throughput", platform)
+            records = index.comparable("decode_throughput", platform)
+            settings = (record.metrics.get("settings", {}) for record in records)
+            dtypes = sorted({own["dtype"] for own in settings if "dtype" in own})
+            activations = f", activations in {' and '.join(dtypes)}" if dtypes else ""
             blocks += [
                 Heading(text=f"Generation on {platform}, tokens a second", level=3),
-                Text(text=f"{_what(records)}. Batch 1."),
+                Text(text=f"{_what(records)}. Batch 1{activations}."),
                 Table(columns=columns, rows=rows, left=2),
             ]
     return [*blocks, Text(text=DECODE_NOTE, small=True)] if blocks else []

@@ -65,10 +65,7 @@ def main() -> int:
         return 0
     start = time.perf_counter()
     try:
-        metrics = json.loads(json.dumps(experiment.measure(cell), default=_as_json))
-        record = replace(draft, kind=metrics.pop("kind", draft.kind), metrics=metrics)
-        if record.kind not in KINDS:
-            raise ValueError(f"measure() gave the kind {record.kind!r}; there are {KINDS}")
+        record = _measured(draft, experiment.measure(cell))
     except NotOnThisPlatform as reason:
         record = replace(draft, status="unsupported", detail=shortened(str(reason)))
     except Exception as error:
@@ -79,6 +76,21 @@ def main() -> int:
     seconds = round(time.perf_counter() - start, 3)
     write_record(Path(job.path), replace(record, seconds=seconds, device=facts()))
     return 0
+
+
+def _measured(draft: Record, given: Any) -> Record:
+    """The record with what ``measure`` gave.
+
+    Raises:
+        TypeError, ValueError, FabricError: that is nothing a record can hold.
+    """
+    if not isinstance(given, dict):
+        raise TypeError(f"measure() gave a {type(given).__name__} instead of a dict of metrics")
+    metrics = json.loads(json.dumps(given, default=_as_json))
+    record = replace(draft, kind=metrics.pop("kind", draft.kind), metrics=metrics)
+    if record.kind not in KINDS:
+        raise ValueError(f"measure() gave the kind {record.kind!r}; there are {KINDS}")
+    return record_from_json(record.to_json(), "measure()")
 
 
 def out_of_memory(error: BaseException | str) -> bool:

@@ -19,6 +19,9 @@ UNSET = (
     *("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"),
     *("JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION"),
 )
+# What jax, XLA and the kernels read of the other variables of a shell: left as it is, and recorded.
+READ = ("JAX_", "XLA_", "FABRIC_KERNELS_", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "NPROC")
+PATHS = ("JAX_COMPILATION_CACHE_DIR", "FABRIC_KERNELS_CACHE")
 
 
 def chosen_variables(
@@ -111,7 +114,9 @@ def process_environment(chosen: dict[str, str], turn: str = "") -> dict[str, str
 
 
 def recorded_variables(chosen: dict[str, str]) -> dict[str, str]:
-    """``chosen`` without paths of this machine, and what XLA reads besides."""
-    recorded = {k: "set" if k == "JAX_COMPILATION_CACHE_DIR" else v for k, v in chosen.items()}
-    flags = os.environ.get("XLA_FLAGS")
-    return recorded | ({"XLA_FLAGS": flags} if flags else {})
+    """``chosen``, and what a shell has set besides; paths of this machine are only said to be."""
+    kept = {k: v for k, v in os.environ.items() if k.startswith(READ) and k not in UNSET}
+    return {
+        key: "set" if key in PATHS or value.startswith("/") else value
+        for key, value in (kept | chosen).items()
+    }

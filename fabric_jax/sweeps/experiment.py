@@ -1,12 +1,11 @@
 """What an experiment's module has, and how it is found."""
 
-import fcntl
 import inspect
 import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -29,6 +28,13 @@ PLATFORMS = {
 }
 """Each with the most that is done there: run; compile without the hardware; lower to the compiler's
 input."""
+
+KINDS_OF_FIGURE = ("line", "bar", "stack")
+OF_REPORTS = (
+    *("vram", "finetune_throughput", "decode_throughput", "host_decode", "lossless", "biomed"),
+    *("memory", "speed", "rank"),
+)
+"""What ``experiments`` alone may be called; the last three are figures."""
 
 
 class NotOnThisPlatform(Exception):
@@ -57,6 +63,12 @@ class Figure:
     log: str = ""
     kind: str = "line"
     baseline: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuses what can't be drawn."""
+        for name, allowed in (("kind", KINDS_OF_FIGURE), ("log", ("", "x", "y", "xy"))):
+            if getattr(self, name) not in allowed:
+                raise unknown_name(f"{name} of a figure", str(getattr(self, name)), allowed)
 
     def to_json(self) -> dict[str, str]:
         """Field to value."""
@@ -116,6 +128,8 @@ def own_turn() -> Generator[None]:
     if not path:
         yield
         return
+    import fcntl
+
     with open(path, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -129,16 +143,20 @@ def load_experiment(name: str) -> Experiment:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    missing = FabricError(
+        f"no experiment {name!r}",
+        expected="the dotted name of a module, such as experiments.vram",
+        fix="Run from the folder that holds the experiment",
+    )
+    if not name or name.startswith("."):
+        raise missing
     try:
         module = import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
+        # A module that the experiment imports may be the one that isn't there.
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
-        raise FabricError(
-            f"no experiment {name!r}",
-            expected="the dotted name of a module, such as experiments.vram",
-            fix="Run from the folder that holds the experiment",
-        ) from error
+        raise missing from error
     return _checked(module)
 
 
@@ -150,6 +168,11 @@ def _checked(module: ModuleType) -> Experiment:
     document = inspect.getdoc(module)
     if not document:
         raise FabricError(f"experiment {name} has no docstring", expected="its question")
+    if name in OF_REPORTS:
+        raise FabricError(
+            f"experiment {name} has a name that reports use for tables or figures of their own",
+            fix="Rename the module",
+        )
     base = module.config()
     if not is_dataclass(base) or not type(base).__dataclass_params__.frozen:  # pyright: ignore
         raise FabricError(
@@ -157,6 +180,9 @@ def _checked(module: ModuleType) -> Experiment:
             expected="a frozen dataclass",
             found=type(base).__name__,
         )
+    figure = getattr(module, "FIGURE", None)
+    if figure is not None:
+        _check_figure(name, figure, base)
     return Experiment(
         module=name,
         name=name.removeprefix("experiments."),
@@ -167,9 +193,25 @@ def _checked(module: ModuleType) -> Experiment:
         prepare=getattr(module, "prepare", None),
         environment=getattr(module, "environment", None),
         timeout=float(getattr(module, "TIMEOUT_SECONDS", 3600)),
-        figure=getattr(module, "FIGURE", None),
+        figure=figure,
         columns=tuple(getattr(module, "COLUMNS", ())),
     )
+
+
+def _check_figure(experiment: str, figure: Any, base: Any) -> None:
+    if not isinstance(figure, Figure):
+        raise FabricError(
+            f"FIGURE of experiment {experiment}",
+            expected="a fabric_jax.sweeps.Figure",
+            found=type(figure).__name__,
+        )
+    names = [field.name for field in fields(base)]
+    if figure.series and figure.series not in names:
+        raise unknown_name(f"series in FIGURE of experiment {experiment}", figure.series, names)
+    if "x" in figure.log and isinstance(getattr(base, figure.x, None), str | bool | tuple):
+        raise FabricError(
+            f"FIGURE of experiment {experiment}: {figure.x} is no number, so log can't name x"
+        )
 
 
 def check_platform(platform: str) -> str:

@@ -8,14 +8,19 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fabric_jax.sweeps.child import Job, out_of_memory, shortened
 
 INTERVAL_SECONDS = 0.05
+# For a process to end by itself once its record is there; threads may keep it for ever.
+GRACE_SECONDS = 10.0
 TAIL = 1500
 MIB = 1 << 20
+# The second is there in a container alone, which may not see the first.
+OOM_COUNTERS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,7 @@ def run_process(
     timeout: float,
     memory_bytes: int,
     stop: threading.Event,
+    written: Callable[[], bool],
 ) -> Ending:
     """Runs a job's process to its end, which may be ours.
 
@@ -49,6 +55,7 @@ def run_process(
         timeout: seconds after which it is killed.
         memory_bytes: resident set at which it is killed.
         stop: once set, it is killed.
+        written: whether the record is there, after which it has to end soon.
     """
     start = time.monotonic()
     kills = oom_kills()
@@ -65,7 +72,7 @@ def run_process(
                 start_new_session=True,
             )
             try:
-                reason = _watch(process, start + timeout, memory_bytes, stop)
+                reason = _watch(process, start + timeout, memory_bytes, stop, written)
             finally:
                 _kill(process)
             seconds = time.monotonic() - start
@@ -77,10 +84,17 @@ def run_process(
 
 
 def _watch(
-    process: "subprocess.Popen[bytes]", deadline: float, memory_bytes: int, stop: threading.Event
+    process: "subprocess.Popen[bytes]",
+    deadline: float,
+    memory_bytes: int,
+    stop: threading.Event,
+    written: Callable[[], bool],
 ) -> tuple[str, str | None] | None:
     """Waits for the end; (status, detail) where it has to be brought about."""
+    done = False
     while process.poll() is None:
+        if not done and written():
+            done, deadline = True, min(deadline, time.monotonic() + GRACE_SECONDS)
         if stop.wait(INTERVAL_SECONDS):
             return "stopped", None
         if time.monotonic() > deadline:
@@ -117,11 +131,11 @@ def resident_bytes(process: int) -> int:
 
 
 def oom_kills() -> int:
-    """Processes that the system has killed for memory in our control group so far."""
-    try:
-        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
-    except OSError:
-        return 0
+    """Processes that the system has killed for memory so far, on this machine or in a container."""
+    lines: list[str] = []
+    for counters in OOM_COUNTERS:
+        with contextlib.suppress(OSError):
+            lines += Path(counters).read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
@@ -133,4 +147,6 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _tail(path: Path) -> str:
-    return path.read_bytes()[-TAIL:].decode(errors="replace")
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        return file.read().decode(errors="replace")

@@ -6,13 +6,14 @@ and ``*.jsonl`` bundles of one record a line.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 from fabric_jax.errors import FabricError
 from fabric_jax.files import write_atomically
+from fabric_jax.sweeps.experiment import Figure
 
 SCHEMA = 1
 KINDS = ("run", "compiled", "lowered")
@@ -119,6 +120,7 @@ def record_from_json(values: Any, where: str) -> Record:
                 f"{where}: {key}", expected=f"one of {', '.join(allowed)}", found=repr(given[key])
             )
     _check_numbers(given["metrics"], f"{where}: metrics")
+    _check_figure(given["figure"], f"{where}: figure")
     return Record(**given)
 
 
@@ -138,7 +140,7 @@ def read_record(path: Path) -> Record:
     Raises:
         FabricError: it can't be read or is none.
     """
-    return record_from_json(_parse(path.read_text(encoding="utf-8"), str(path)), str(path))
+    return record_from_json(_parse(path.read_bytes(), str(path)), str(path))
 
 
 def read_folder(folder: Path) -> list[tuple[str, Record]]:
@@ -175,26 +177,35 @@ def _all(folder: Path) -> Iterator[tuple[str, Record]]:
         if path.suffix == ".json":
             yield where, read_record(path)
         elif path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 place = f"{path}, line {number}"
                 yield f"{where}#L{number}", record_from_json(_parse(line, place), place)
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.decode())
     except ValueError as error:
         raise FabricError(f"{where} is no JSON: {error}", fix="Delete it and resume") from error
 
 
-def _check_numbers(values: Mapping[str, Any], where: str) -> None:
+def _check_numbers(value: Any, where: str) -> None:
     """Metrics are JSON: text, finite numbers, and lists and tables of these."""
-    for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise FabricError(
-                f"{where}: {key}", expected="a finite number or null", found=f"{value}"
-            )
-        if isinstance(value, dict):
-            _check_numbers(cast(dict[str, Any], value), f"{where}.{key}")
-        elif not isinstance(value, str | int | float | list | type(None)):
-            raise FabricError(f"{where}: {key}", expected="JSON", found=type(value).__name__)
+    if isinstance(value, dict):
+        for key, own in cast(dict[str, Any], value).items():
+            _check_numbers(own, f"{where}: {key}")
+    elif isinstance(value, list):
+        for own in cast(list[Any], value):
+            _check_numbers(own, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise FabricError(where, expected="a finite number or null", found=f"{value}")
+    elif not isinstance(value, str | int | float | type(None)):
+        raise FabricError(where, expected="JSON", found=type(value).__name__)
+
+
+def _check_figure(values: dict[str, Any] | None, where: str) -> None:
+    try:
+        if values is not None:
+            Figure(**values)
+    except (TypeError, FabricError) as error:
+        raise FabricError(where, expected="the fields of a Figure", found=repr(values)) from error

@@ -23,7 +23,7 @@ from fabric_jax.sweeps.environment import (
     recorded_variables,
 )
 from fabric_jax.sweeps.experiment import Experiment, check_platform, load_experiment
-from fabric_jax.sweeps.identity import cell_digest, code_digest
+from fabric_jax.sweeps.identity import LENGTH, cell_digest, code_digest
 from fabric_jax.sweeps.process import Ending, run_process
 from fabric_jax.sweeps.records import Record, read_record, write_record
 
@@ -112,14 +112,25 @@ def plan(options: SweepOptions) -> tuple[Experiment, list[Task]]:
     cells = select(experiment.config(), experiment.cells, options.overrides)
     code = code_digest(experiment.module)
     everything = experiment.cells(experiment.config())
-    tasks = [_task(experiment, options, cell, cells, everything, code) for cell in cells]
+    differing = set(distinguishing([*everything, *cells]))
+    tasks = [_task(experiment, options, cell, differing, code) for cell in cells]
+    _find_records(options, tasks)
+    return experiment, tasks
+
+
+def _find_records(options: SweepOptions, tasks: Sequence[Task]) -> None:
+    """Gives the tasks what is there of them."""
+    folder = tasks[0].path.parent
+    # A file's name may have been another one beside other cells, but for the digest at its end.
+    there = {path.stem[-LENGTH:]: path for path in folder.glob(f"{options.platform}-*.json")}
     for task in tasks:
+        task.path = there.get(task.draft.digest, task.path)
+        task.state, task.record = "waiting", None
         if task.path.exists():
             task.record = read_record(task.path)
-            task.state = "stale" if task.record.code != code else "kept"
+            task.state = "stale" if task.record.code != task.draft.code else "kept"
             if _runs_again(task, options.rerun):
                 task.state, task.record = "waiting", None
-    return experiment, tasks
 
 
 def sweep(options: SweepOptions, board: Board) -> list[Task]:
@@ -134,6 +145,8 @@ def sweep(options: SweepOptions, board: Board) -> list[Task]:
     experiment, tasks = plan(options)
     folder = Path(options.out) / experiment.name
     with locked_folder(folder):
+        # Another sweep may have ended since.
+        _find_records(options, tasks)
         write_json(folder / ".sweep", {"command": command_line(options)})
         waiting = [task for task in tasks if task.state == "waiting"]
         waiting = waiting[: options.limit or None]
@@ -220,6 +233,11 @@ def _run_task(
 
     # Of each device one cell at a time is timed.
     turn = task.path.absolute().parent / f".turn{chosen.get('CUDA_VISIBLE_DEVICES', '')}"
+    # A record that is to be replaced stays until there is a new one.
+    old = _version(task.path)
+
+    def written() -> bool:
+        return _version(task.path) not in (None, old)
 
     def run(prepare: bool) -> Ending:
         return run_process(
@@ -234,43 +252,48 @@ def _run_task(
             timeout=options.timeout or experiment.timeout,
             memory_bytes=_memory_limit(options),
             stop=stop,
+            written=written,
         )
 
-    # A record that is to be replaced must not be taken for the new one.
-    task.path.unlink(missing_ok=True)
     ending = run(prepare=True) if experiment.prepare else None
     if ending is None or ending.status == "ok":
         ending = run(prepare=False)
     if ending.status == "stopped":
         task.state = "waiting"
         return
-    if ending.status != "ok" and not task.path.exists():
-        failed = replace(
-            draft,
-            status=ending.status,
-            detail=ending.detail,
-            seconds=round(ending.seconds, 3),
-            device=_host_facts(),
-        )
-        write_record(task.path, failed)
+    if not written():
+        write_record(task.path, _failed(draft, ending))
     task.record, task.state = read_record(task.path), "done"
+
+
+def _failed(draft: Record, ending: Ending) -> Record:
+    """The record of a process that left none."""
+    gone = ending.status == "ok"
+    return replace(
+        draft,
+        status="crash" if gone else ending.status,
+        detail="the process ended before measure() did" if gone else ending.detail,
+        seconds=round(ending.seconds, 3),
+        device=_host_facts(),
+    )
 
 
 def _task(
     experiment: Experiment,
     options: SweepOptions,
     cell: Any,
-    cells: Sequence[Any],
-    everything: Sequence[Any],
+    differing: set[str],
     code: str,
 ) -> Task:
     values = cell_to_json(cell)
     default = cell_to_json(experiment.config())
     changed = {key for key in values if values[key] != default[key]}
-    told = [k for k in values if k in changed or k in distinguishing([*everything, *cells])]
+    told = [k for k in values if k in changed or k in differing]
     name = describe(values, told) or "base"
     digest = cell_digest(experiment.name, options.platform, values)
-    slug = "".join(c if c.isalnum() or c in ".-+" else "_" for c in name)[:NAME_LENGTH]
+    # Names of files have a limit in bytes.
+    known = (c if c.isascii() and (c.isalnum() or c in ".-+") else "_" for c in name)
+    slug = "".join(known)[:NAME_LENGTH]
     draft = draft_record(
         experiment=experiment.name,
         question=experiment.question,
@@ -285,10 +308,7 @@ def _task(
         figure=None if experiment.figure is None else experiment.figure.to_json(),
         columns=list(experiment.columns),
     )
-    folder = Path(options.out) / experiment.name
-    # Its name may have been another one beside other cells.
-    there = sorted(folder.glob(f"{options.platform}-*-{digest}.json"))
-    path = there[0] if there else folder / f"{options.platform}-{slug}-{digest}.json"
+    path = Path(options.out) / experiment.name / f"{options.platform}-{slug}-{digest}.json"
     return Task(cell=cell, draft=draft, path=path)
 
 
@@ -297,6 +317,15 @@ def _runs_again(task: Task, rerun: Rerun) -> bool:
         return False
     failed = task.record.status not in ("ok", "unsupported")
     return rerun == "all" or (failed if rerun == "failed" else task.state == "stale")
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Tells a file from one that replaces it; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _memory_limit(options: SweepOptions) -> int:

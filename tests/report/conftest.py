@@ -42,7 +42,7 @@ def _memory_record(model: str, weights: str, recipe: str, mib: float, **more: An
         "compiled_bytes": int(mib * MIB),
         "category_bytes": {"linears": int(mib * MIB / 2), "optimizer": int(mib * MIB / 2)},
     }
-    cell = {"model": model, "weights": weights, "recipe": recipe}
+    cell = {"model": model, "weights": weights, "recipe": recipe, **more.pop("settings", {})}
     return _make_record("vram", "cuda", cell, {} if more.get("status") else metrics, **more)
 
 

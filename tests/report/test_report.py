@@ -6,6 +6,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -338,3 +339,74 @@ def test_a_gpu_is_held_against_its_own_host(folder: Folder, make_record: Make) -
     assert found.verdict == "holds under these conditions"
     assert [value.text for _, value in found.evidence] == ["500", "100"]
     assert any("5.0 to 5.0 times, cuda against its processor" in text for text in found.reasons)
+
+
+def test_other_settings_than_the_published_ones_stand_apart(
+    folder: Folder, memory_record: Make
+) -> None:
+    plain = {"rows": 1, "length": 128, "rank": 8}
+    later = {"started": "2026-02-01T00:00:00+00:00"}
+    long = plain | {"length": 1024}
+    path = folder(
+        memory_record("bitnet-1b", "ternary2", "ours", 500.0, settings=plain),
+        memory_record("bitnet-1b", "ternary2", "ours", 900.0, settings=long, **later),
+    )
+    write_report(path, path)
+    text = (path / "report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| bitnet-1b | TQ2_0 |"))
+    assert "[500]" in row
+    assert "900" not in row
+    # All the same the other one is in the table of all cells.
+    assert "900 MiB" in text
+    assert "In every cell: model=bitnet-1b weights=ternary2 recipe=ours rows=1 rank=8." in text
+
+
+def test_a_plan_is_not_compared_with_a_measurement(folder: Folder, memory_record: Make) -> None:
+    path = folder(
+        memory_record("bitnet-1b", "ternary1.6", "ours", 200.0),
+        memory_record("gemma-3-1b", "float16", "ours", 1000.0, kind="compiled"),
+        memory_record("bitnet-1b", "ternary1.6", "seed", 300.0),
+        memory_record("gemma-3-1b", "float16", "seed", 1000.0),
+    )
+    found = gemma_claim(path)
+    assert found.verdict == "does not hold"
+    assert any("run on cuda (A GPU): 70.0 to 70.0 %" in text for text in found.reasons)
+
+
+def test_no_phone_was_measured(folder: Folder, memory_record: Make) -> None:
+    path = folder(memory_record("bitnet-13b", "ternary2", "ours", 4000.0, kind="compiled"))
+    (found,) = (v for claim, v in verdicts(path).items() if "phone's memory" in claim)
+    assert found.verdict == "holds under these conditions"
+    assert "1 of 1 are below 8 GB, compiled for cuda." in found.reasons
+
+
+def test_links_lead_from_wherever_the_report_is(
+    folder: Folder, memory_record: Make, tmp_path: Path
+) -> None:
+    path = folder(memory_record("bitnet-1b", "ternary2", "ours", 500.0))
+    elsewhere = path.rename(tmp_path / "my (records)")
+    out = tmp_path / "a" / "report"
+    write_report(elsewhere, out)
+    (place,) = set(re.findall(r"\]\(([^)#]+)#L1\)", (out / "report.md").read_text()))
+    assert (out / unquote(place)).resolve() == (elsewhere / "all.jsonl").resolve()
+
+
+def test_a_baseline_of_other_seeds_alone_is_no_difference(
+    folder: Folder, make_record: Make
+) -> None:
+    records = variant_records(make_record, {"a": [2.0, 3.0], "b": [2.5, 3.5], "c": [1.0]})
+    # Of the baseline one seed is left, which c has not.
+    path = folder(*(record for record in records if record.cell != {"variant": "a", "seed": 0}))
+    write_report(path, path)
+    text = (path / "report.md").read_text()
+    assert table_row(text, "b")[-1] == "+0.5"
+    assert table_row(text, "c")[-1] == "–"
+
+
+def test_names_have_no_logarithm(folder: Folder, make_record: Make) -> None:
+    figure = {"x": "name", "y": "loss", "series": "", "log": "xy", "kind": "line", "baseline": ""}
+    cells = ({"name": name} for name in ("a", "b"))
+    made = (make_record("ablations.names", "cpu", c, {"loss": 1.5}, figure=figure) for c in cells)
+    path = folder(*made)
+    write_report(path, path)
+    assert (path / "figures/ablations-names.svg").is_file()

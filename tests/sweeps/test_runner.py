@@ -17,8 +17,15 @@ import pytest
 
 from fabric_jax.cli.main import main
 from fabric_jax.errors import FabricError
-from fabric_jax.sweeps.environment import SharedDevices, chosen_variables, process_environment
-from fabric_jax.sweeps.experiment import JOBS_VARIABLE, TURN_VARIABLE, own_turn
+from fabric_jax.sweeps import process
+from fabric_jax.sweeps.environment import (
+    SharedDevices,
+    chosen_variables,
+    process_environment,
+    recorded_variables,
+)
+from fabric_jax.sweeps.experiment import JOBS_VARIABLE, TURN_VARIABLE, load_experiment, own_turn
+from fabric_jax.sweeps.identity import code_digest, own_sources
 from fabric_jax.sweeps.records import Record, read_folder
 from fabric_jax.sweeps.runner import SweepOptions, plan
 
@@ -39,7 +46,10 @@ def by_name(out: Path) -> dict[str, Record]:
     return {record.name: record for _, record in read_folder(out)}
 
 
-def test_every_ending_is_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_ending_is_a_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "GRACE_SECONDS", 0.1)
     code = sweep(
         tmp_path,
         *("number=1", "--timeout", "4", "--memory-gib", "0.35", "--jobs", "4"),
@@ -55,12 +65,19 @@ def test_every_ending_is_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[
         "host_memory": "out_of_memory",
         "never": "unsupported",
         "slow": "timeout",
+        "nothing": "crash",
+        "leaves": "crash",
+        "nan": "crash",
+        "thread": "ok",
     }
     assert found["well"].metrics == {"value_seconds": 1.5}
     assert found["signal"].detail is not None
     assert "SIGSEGV" in found["signal"].detail
     assert found["raises"].detail == "ValueError: a reason"
-    assert "7 records" in capsys.readouterr().out
+    assert "NoneType instead of a dict" in (found["nothing"].detail or "")
+    assert "losses; expected a finite number" in (found["nan"].detail or "")
+    assert found["leaves"].detail == "the process ended before measure() did"
+    assert "11 records" in capsys.readouterr().out
 
 
 def test_a_record_is_kept_until_it_is_asked_for_again(tmp_path: Path) -> None:
@@ -112,12 +129,101 @@ def test_a_killed_sweep_goes_on_without_repeating_a_cell(tmp_path: Path) -> None
     assert len(log.read_text().split()) <= 8 + 2
 
 
+def test_a_record_stays_until_there_is_a_new_one(tmp_path: Path) -> None:
+    words = ("how=well", "number=1", "seconds=0.5")
+    assert sweep(tmp_path, *words) == 0
+    (path,) = (tmp_path / "toy_experiment").glob("*.json")
+    before = path.read_bytes()
+    paths = os.pathsep.join([str(HERE), str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "fabric_jax.cli.main", "sweep", "toy_experiment"]
+    command += ["--platform", "cpu", "--out", str(tmp_path), "--rerun", "all", *words]
+    log = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True
+    )
+    assert log.stderr is not None
+    log.stderr.readline()  # the sweep has begun
+    time.sleep(0.2)
+    log.send_signal(signal.SIGKILL)
+    log.communicate()
+    assert path.read_bytes() == before
+    # One that fails takes its place all the same.
+    assert sweep(tmp_path, "how=raises", "number=1", "seconds=0.5") == 1
+    assert sweep(tmp_path, *words, "--rerun", "all", "--timeout", "0.2") == 0
+    assert [r.status for n, r in by_name(tmp_path).items() if "well" in n] == ["timeout"]
+
+
+def test_the_code_of_an_experiment_is_also_what_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "lab").mkdir()
+    sources = {
+        "lab/one.py": "import json\nfrom lab import two\n",
+        "lab/two.py": "def later():\n    from .three import x\n",
+        "lab/three.py": "x = 1\n",
+        "lab/other.py": "",
+        "single.py": "import beside\nimport lab.one\n",
+        "beside.py": "",
+    }
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text)
+    names = {m: {p.name for p in own_sources(m)} for m in ("lab.one", "single")}
+    assert names == {
+        "lab.one": {"one.py", "two.py", "three.py"},
+        "single": {"single.py", "beside.py"},
+    }
+    before = code_digest("lab.one")
+    (tmp_path / "lab/other.py").write_text("x = 2\n")
+    assert code_digest("lab.one") == before
+    (tmp_path / "lab/three.py").write_text("x = 2\n")
+    assert code_digest("lab.one") != before
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import nowher", None),
+        ("FIGURE = {'x': 'a'}", "expected a fabric_jax.sweeps.Figure"),
+        ("FIGURE = Figure(x='a', y='b', kind='pie')", "unknown kind of a figure"),
+        ("FIGURE = Figure(x='a', y='b', series='c')", "unknown series"),
+        ("FIGURE = Figure(x='a', y='b', log='x')", "a is no number"),
+    ],
+)
+def test_a_wrong_experiment_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str | None
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = '"""Why?"""\nfrom dataclasses import dataclass\nfrom fabric_jax.sweeps import Figure\n'
+    text += "@dataclass(frozen=True)\nclass C:\n    a: str = 'a'\nconfig = C\n"
+    text += f"cells = lambda base: [base]\nmeasure = lambda cell: {{}}\n{source}\n"
+    # A module that isn't there may begin as the experiment's name does.
+    name = f"nowhere_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(text)
+    with pytest.raises(FabricError if message else ModuleNotFoundError, match=message or "nowher"):
+        load_experiment(name)
+
+
+@pytest.mark.parametrize("name", ["", "./toy_experiment.py", "toy_experiment.py", "a/b.py"])
+def test_an_experiment_is_a_module(name: str) -> None:
+    with pytest.raises(FabricError, match="no experiment"):
+        load_experiment(name)
+
+
+def test_names_of_reports_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "lossless.py").write_text((HERE / "toy_experiment.py").read_text())
+    with pytest.raises(FabricError, match="Rename"):
+        load_experiment("lossless")
+
+
 def test_damaged_records_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(tmp_path, "how=well", "number=1") == 0
     (path,) = (tmp_path / "toy_experiment").glob("*.json")
     good = json.loads(path.read_text())
     for broken, message in (
         ("{", "no JSON"),
+        (b"\xff", "no JSON"),
+        (json.dumps(good | {"figure": {"x": 1}}), "fields of a Figure"),
         ("[]", "no record"),
         (json.dumps(good | {"schema": 7}), "another schema"),
         (json.dumps(good | {"status": "fine"}), "expected one of ok"),
@@ -125,7 +231,7 @@ def test_damaged_records_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
         (json.dumps(good | {"extra": 1}), "has no 'extra'"),
         (json.dumps({k: v for k, v in good.items() if k != "cell"}), "lacks 'cell'"),
     ):
-        path.write_text(broken)
+        path.write_bytes(broken if isinstance(broken, bytes) else broken.encode())
         with pytest.raises(FabricError, match=message):
             read_folder(tmp_path)
     assert sweep(tmp_path, "how=well", "number=1") == 2
@@ -283,6 +389,26 @@ def test_what_a_process_is_told_is_recorded(monkeypatch: pytest.MonkeyPatch) -> 
     cuda = chosen_variables("cuda", {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"}, "cache")
     assert process_environment(cuda)["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.1"
     assert cuda["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+    # What a shell has set besides is kept, and said; paths are only said to be there.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/a/folder")
+    monkeypatch.setenv("FABRIC_KERNELS_ISA", "avx2")
+    assert process_environment(cuda)["FABRIC_KERNELS_ISA"] == "avx2"
+    recorded = recorded_variables(cuda | {"JAX_COMPILATION_CACHE_DIR": "cache"})
+    assert recorded["FABRIC_KERNELS_ISA"] == "avx2"
+    assert recorded_variables({})["JAX_COMPILATION_CACHE_DIR"] == "set"
+    assert recorded["JAX_COMPILATION_CACHE_DIR"] == "set"
+    assert "JAX_PLATFORMS" not in recorded_variables({})
     tpu = chosen_variables("tpu-v5e", {}, "")
     assert process_environment(tpu)["FABRIC_KERNELS_CPU"] == "0"
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in process_environment(tpu)
+
+
+def test_kills_by_the_system_are_counted_outside_of_containers_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vmstat").write_text("nr_free_pages 12\noom_kill 3\n")
+    (tmp_path / "events").write_text("low 0\noom 2\noom_kill 1\noom_group_kill 7\n")
+    places = [str(tmp_path / name) for name in ("vmstat", "events", "missing")]
+    for chosen, expected in ((places[:1], 3), (places, 4), (places[2:], 0)):
+        monkeypatch.setattr(process, "OOM_COUNTERS", chosen)
+        assert process.oom_kills() == expected

@@ -5,6 +5,8 @@ For the tests of the runner; measures nothing and never imports jax.
 
 import os
 import signal
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ def config() -> Config:
 
 def cells(base: Config) -> list[Config]:
     hows = ("well", "signal", "raises", "device_memory", "host_memory", "never", "slow")
+    hows += ("nothing", "leaves", "nan", "thread")
     return grid(base, how=hows, number=(1, 2))
 
 
@@ -56,6 +59,14 @@ def measure(cell: Config) -> dict[str, Any]:
             raise NotOnThisPlatform("there is none")
         case "slow":
             time.sleep(20)
+        case "nothing":
+            return None  # pyright: ignore[reportReturnType]
+        case "leaves":
+            sys.exit(0)
+        case "nan":
+            return {"losses": [1.0, float("nan")]}
+        case "thread":
+            threading.Thread(target=time.sleep, args=(20,)).start()
         case _:
             pass
     return {"value_seconds": cell.number * 1.5, "kind": "run"}
