@@ -28,9 +28,9 @@ def new_file(path: str | Path) -> Generator[Path]:
     Raises:
         FabricError: the folder can't be written or the disk is full; ``path`` is as it was.
     """
-    path = Path(path)
     temporary = None
     try:
+        path = _behind_links(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(descriptor)
@@ -81,8 +81,8 @@ def require_writable(path: str | Path) -> None:
     Raises:
         FabricError: no file can be made there.
     """
-    path = Path(path)
     try:
+        path = _behind_links(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
             pass
@@ -101,6 +101,18 @@ def cannot_write(path: str | Path, error: OSError) -> FabricError:
         f"cannot write {path}: {error.strerror or error}",
         fix="Free space or choose another folder; what was saved before is untouched",
     )
+
+
+def _behind_links(path: str | Path) -> Path:
+    """Where the file of this name is or will be; links to it stay.
+
+    Raises:
+        FabricError: a folder, a device or a pipe is there, which no file may take the place of.
+    """
+    place = Path(path).resolve()
+    if place.exists() and not place.is_file():
+        raise FabricError(f"cannot write {path}: it exists and is no file", fix="Choose a new name")
+    return place
 
 
 def _sync_folder(folder: Path) -> None:

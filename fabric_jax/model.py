@@ -26,7 +26,7 @@ from fabric_jax.generation.config import GenerationConfig, GenerationOptions
 from fabric_jax.generation.generator import Generator, check_ids, make_generator
 from fabric_jax.generation.prompts import Prompt, decode_continuation, encode_prompt
 from fabric_jax.generation.session import Cached, Finish, Generated, Session, Stats
-from fabric_jax.generation.text import TextStream, tokens_until_stop
+from fabric_jax.generation.text import REPLACEMENT, TextStream
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder import DecoderDefinition, define_decoder
 from fabric_jax.models.initialize import Tree
@@ -332,31 +332,33 @@ class Stream:
         """Keeps what the answer leaves, however it ended."""
         if not session.done and not text.stopped:
             session.end(0)
-        result = session.generated(0)
-        finish = "stop" if text.stopped else result.finish
         self.stats = session.stats
         self.cached = session.cached(self.prompt)
-        self.completion = Completion(
-            text=text.text, tokens=result.tokens, finish=finish, log_probs=result.log_probs
-        )
+        self.completion = _completion(text, session.generated(0))
 
 
 def _complete(
     tokenizer: Tokenizer, prompt: Sequence[int], result: Generated, stop_strings: Sequence[str]
 ) -> Completion:
-    count = None
-    if stop_strings:
-        count = tokens_until_stop(tokenizer, prompt, result.answer, stop_strings)
-    if count is None:
-        text = decode_continuation(tokenizer, prompt, result.answer)
-        return Completion(
-            text=text, tokens=result.tokens, finish=result.finish, log_probs=result.log_probs
-        )
-    text = decode_continuation(tokenizer, prompt, result.tokens[:count])
-    end = min(at for stop in stop_strings if (at := text.find(stop)) >= 0)
+    text = TextStream(tokenizer=tokenizer, prompt=prompt, stop_strings=tuple(stop_strings))
+    whole = "" if stop_strings else decode_continuation(tokenizer, prompt, result.answer)
+    if stop_strings or REPLACEMENT in whole:
+        # A whole run of bytes is replaced where the last of its characters is cut off.
+        text.add(result.answer)
+        text.finish()
+    else:
+        text.text = whole
+    return _completion(text, result)
+
+
+def _completion(text: TextStream, result: Generated) -> Completion:
+    """The answer, without what a dispatch took behind a stop string."""
+    finish, count = result.finish, len(result.tokens)
+    if text.stopped:
+        finish, count = "stop", text.taken
     log_probs = None if result.log_probs is None else result.log_probs[:count]
     return Completion(
-        text=text[:end], tokens=result.tokens[:count], finish="stop", log_probs=log_probs
+        text=text.text, tokens=result.tokens[:count], finish=finish, log_probs=log_probs
     )
 
 

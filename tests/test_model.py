@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 
 from fabric_jax.checkpoints.native import save_model
 from fabric_jax.checkpoints.peft import save_adapter
-from fabric_jax.data.tokenizer import byte_tokenizer
+from fabric_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from fabric_jax.errors import FabricError
+from fabric_jax.generation.generator import Generator
+from fabric_jax.generation.session import Generated
 from fabric_jax.layers.lora import LoraConfig
 from fabric_jax.model import Model, load_model
 from fabric_jax.models.decoder import DecoderOptions, define_decoder
@@ -181,7 +185,27 @@ def test_a_stream_is_the_answer_in_pieces(adapted):
     assert whole.tokens[: len(left.completion.tokens)] == left.completion.tokens
 
 
-def test_stop_strings_are_cut(adapted):
+def byte_fallback() -> Tokenizer:
+    """Bytes as vocabularies of SentencePiece spell them; runs of them are decoded together."""
+    words = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=words, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return dataclasses.replace(BYTES, backend=backend, add_bos=False, vocab_size=256)
+
+
+def test_a_character_that_is_cut_off_takes_no_other_with_it(adapted, monkeypatch):
+    def generated(*_, **__):
+        return [Generated(tokens=tuple("né😀".encode()[:-1]), finish="length")]
+
+    whole = adapted.generate("Q:", tokenizer=byte_fallback(), max_new_tokens=24, stop_tokens=())[0]
+    stream = adapted.stream("Q:", tokenizer=byte_fallback(), max_new_tokens=24, stop_tokens=())
+    assert "".join(stream) == whole.text
+    assert stream.completion == whole
+    monkeypatch.setattr(Generator, "__call__", generated)
+    assert adapted.generate("Q:", tokenizer=byte_fallback())[0].text == "né\ufffd\ufffd\ufffd"
+
+
+def test_stop_strings_are_cut(adapted, monkeypatch):
     free = adapted.generate("Hello", max_new_tokens=24, stop_tokens=())[0]
     ascii_at = next(i for i in range(3, len(free.text)) if free.text[i].isascii())
     stop = free.text[ascii_at]
@@ -190,9 +214,13 @@ def test_stop_strings_are_cut(adapted):
     stopped = adapted.generate(["Hello", "Hello"], log_probs=True, **options)[1]
     assert (stopped.text, stopped.finish) == (expected, "stop")
     assert len(stopped.log_probs) == len(stopped.tokens) < 24
-    stream = adapted.stream("Hello", **options)
+    # A dispatch takes as many steps as it likes: what lies behind the stop is no part of an answer.
+    monkeypatch.setattr("fabric_jax.model.PIECE_SECONDS", 1e9)
+    stream = adapted.stream("Hello", log_probs=True, **options)
     assert "".join(stream) == expected
     assert stream.completion.finish == "stop"
+    assert stream.completion.tokens == stopped.tokens
+    assert stream.completion.log_probs == pytest.approx(stopped.log_probs, abs=1e-5)
     with pytest.raises(FabricError, match="stop strings are a list"):
         adapted.generate("Hello", stop_strings="a")
 

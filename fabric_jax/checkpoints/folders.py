@@ -29,7 +29,7 @@ def new_folder(folder: str | Path, *, replaces: frozenset[str]) -> Generator[Pat
         FabricError: the disk is full, the place can't be written, or ``folder`` holds something
             else; what was there is as it was.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()  # A link stays one.
     staged = None
     try:
         _require_replaceable(folder, replaces)
@@ -71,6 +71,11 @@ def _require_replaceable(folder: Path, replaces: frozenset[str]) -> None:
         return
     if not folder.is_dir():
         raise FabricError(f"{folder} is a file", expected="a folder, or nothing yet")
+    if folder.is_mount():
+        raise FabricError(
+            f"{folder} is where a disk is mounted, which can't be replaced",
+            fix="Choose a folder in it",
+        )
     others = sorted(path.name for path in folder.iterdir() if path.name not in replaces)
     if others:
         raise FabricError(
@@ -86,7 +91,11 @@ def _swap(staged: Path, folder: Path) -> None:
         staged.rename(folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old)  # Onto an empty folder, which rename may replace.
+    try:
+        folder.rename(old)  # Onto an empty folder, which rename may replace.
+    except OSError:
+        old.rmdir()
+        raise
     try:
         staged.rename(folder)
     except OSError:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
@@ -39,12 +40,17 @@ def parse(config: type[Config], command: str, arguments: Sequence[str]) -> Confi
 def _named(config: type[Any], arguments: Sequence[str]) -> list[str]:
     """The words before the first flag under the names of the fields that take them."""
     fields = [f.name for f in dataclasses.fields(config) if f.metadata.get("positional")]
-    leading = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    leading = list(itertools.takewhile(lambda word: not _is_flag(word), arguments))
     if len(leading) > len(fields):
         return list(arguments)
     pairs = zip(fields, leading, strict=False)
-    named = [word for name, value in pairs for word in (f"--{name}", value)]
+    named = [f"--{name}={value}" for name, value in pairs]
     return [*named, *arguments[len(leading) :]]
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word is a flag; standard input (-) and texts such as "- one" are none."""
+    return re.fullmatch(r"--?[a-zA-Z][\w-]*(=.*)?", word, re.DOTALL) is not None
 
 
 def _named_number(info: "PrimitiveTypeInfo") -> "PrimitiveConstructorSpec[Any] | None":

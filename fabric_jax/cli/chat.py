@@ -13,7 +13,7 @@ from fabric_jax.errors import FabricError
 
 if TYPE_CHECKING:
     from fabric_jax.generation.session import Cached
-    from fabric_jax.model import Model
+    from fabric_jax.model import Model, Stream
 
 PROMPT = "> "
 HELP = """/reset          forget the conversation
@@ -142,22 +142,7 @@ class Conversation:
 
     def answer(self, text: str, stopped: Callable[[], bool]) -> None:
         """Streams the answer to a message, until ``stopped``, and keeps both."""
-        self._turns.append({"role": "user", "content": text})
-        stream = None
-        while stream is None:
-            try:
-                stream = self._model.stream(
-                    self._turns,
-                    adapter=self._adapter,
-                    stop_strings=self._config.stop,
-                    **self._sized({**self._config.options}),
-                )
-                stream.check()
-            except FabricError:
-                stream = None
-                if not self._forget():
-                    self._turns.pop()
-                    raise
+        self._turns, stream = self._begun([*self._turns, {"role": "user", "content": text}])
         stream.cached, self._cached = self._cached, None
         for piece in stream:
             print(piece, end="", flush=True)
@@ -170,14 +155,33 @@ class Conversation:
         self._cached = stream.cached
         self._turns.append({"role": "assistant", "content": stream.completion.text.strip()})
 
-    def _forget(self) -> bool:
-        """Drops the oldest message and its answer; False where only the last message is left."""
-        first = len(self._opening())
-        if len(self._turns) - first < 3:
-            return False
-        del self._turns[first : first + 2]
-        print("[the conversation is full: its oldest turn was forgotten]", file=sys.stderr)
-        return True
+    def _begun(self, turns: list[dict[str, str]]) -> "tuple[list[dict[str, str]], Stream]":
+        """As many of the newest turns as fit, and the stream of the answer to them.
+
+        Raises:
+            FabricError: the last message does not even fit alone; nothing is forgotten then.
+        """
+        first, forgotten = len(self._opening()), 0
+        while True:
+            try:
+                stream = self._model.stream(
+                    turns,
+                    adapter=self._adapter,
+                    stop_strings=self._config.stop,
+                    **self._sized({**self._config.options}),
+                )
+                stream.check()
+                break
+            except FabricError:
+                if len(turns) - first < 3:
+                    raise
+                # The oldest message and its answer.
+                turns = [*turns[:first], *turns[first + 2 :]]
+                forgotten += 1
+        if forgotten:
+            what = "turn was" if forgotten == 1 else f"{forgotten} turns were"
+            print(f"[the conversation is full: its oldest {what} forgotten]", file=sys.stderr)
+        return turns, stream
 
     def _sized(self, options: Any) -> Any:
         return {**options, "cache_length": self._context}

@@ -17,12 +17,13 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from fabric_jax.conversion.convert import convert
+    from fabric_jax.files import require_writable, write_json
 
+    if config.json:
+        require_writable(config.json)
     with Console(stderr=True).status("opening") as status:
         done = convert(config, lambda line: status.update(line))
     if config.json:
-        from fabric_jax.files import write_json
-
         write_json(config.json, _record(config, done))
     _print(config, done)
     return 0

@@ -132,7 +132,7 @@ def run(arguments: Sequence[str]) -> int:
     tokenizer = load_tokenizer(
         config.tokenizer or loaded.tokenizer_source, chat_template=config.chat_template or None
     )
-    _check_fit(config, loaded, tokenizer)
+    _check_vocabulary(loaded, tokenizer)
     data = load_evaluation(dataset, tokenizer)
     print(data.summary)
     if config.against:
@@ -171,6 +171,7 @@ def load(config: EvaluateConfig, mesh: "Mesh | None" = None) -> "tuple[LoadedBas
             implementation=None if config.implementation == "auto" else config.implementation,
             sides=None if config.sides == "auto" else config.sides,
         )
+        _check_length(config, loaded)
         adapter = load_adapter(config.adapter, loaded.definition) if config.adapter else {}
         if mesh is None:
             return loaded, adapter
@@ -178,7 +179,7 @@ def load(config: EvaluateConfig, mesh: "Mesh | None" = None) -> "tuple[LoadedBas
         return replace(loaded, base=base), place_whole(adapter, mesh)
 
 
-def _check_fit(config: EvaluateConfig, loaded: "LoadedBase", tokenizer: "Tokenizer") -> None:
+def _check_length(config: EvaluateConfig, loaded: "LoadedBase") -> None:
     model = loaded.definition.config
     if config.max_length > model.max_length:
         raise FabricError(
@@ -186,6 +187,10 @@ def _check_fit(config: EvaluateConfig, loaded: "LoadedBase", tokenizer: "Tokeniz
             expected=f"max_length of at most {model.max_length}",
             found=str(config.max_length),
         )
+
+
+def _check_vocabulary(loaded: "LoadedBase", tokenizer: "Tokenizer") -> None:
+    model = loaded.definition.config
     if tokenizer.vocab_size > model.vocab_size:
         raise FabricError(
             f"the tokenizer {tokenizer.source} has more tokens than {model.name}",

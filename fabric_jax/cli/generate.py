@@ -29,8 +29,8 @@ class GenerateConfig:
         prompt: text to continue; - or nothing reads standard input where it is no terminal.
         chat: take the prompt for a user's message and answer it through the chat template.
         system: a system message before a conversation.
-        prompts: file of prompts: JSONL rows with "prompt" or "messages" (and "adapter" to choose
-            one), or a text file with a prompt a line.
+        prompts: file of prompts: rows of a .jsonl, .ndjson or .json file with "prompt" or
+            "messages" (and "adapter" to choose one), or a text file with a prompt a line.
         out: JSONL file for the answers to --prompts, in their order; written whole or not at all.
         adapter: folders or .gguf files of adapters. With several, one prompt is answered by each
             of them in one batch, and a conversation starts with the first.
@@ -93,6 +93,11 @@ class GenerateConfig:
             raise FabricError("--prompts and --out belong together: a file in, a file out")
         if self.prompts and self.prompt:
             raise FabricError("there is one prompt and a file of prompts; give one of them")
+        if self.prompts and (self.chat or self.system):
+            raise FabricError(
+                "--chat and --system are for one prompt or a conversation",
+                fix='Give --prompts rows with "messages"',
+            )
         if self.log_probs and not self.out:
             raise FabricError(
                 "log-probabilities are written to a file", fix="Give --prompts, --out"
@@ -127,7 +132,7 @@ def run(arguments: Sequence[str]) -> int:
     if config.prompts:
         return _file(config)
     if config.prompt in ("", "-") and (config.prompt or not sys.stdin.isatty()):
-        return _one(config, sys.stdin.read())
+        return _one(config, _standard_input())
     if config.prompt:
         return _one(config, config.prompt)
     from fabric_jax.cli.chat import chat
@@ -135,8 +140,15 @@ def run(arguments: Sequence[str]) -> int:
     return chat(load(config), config)
 
 
-def load(config: GenerateConfig) -> "Model":
-    """The model with its adapters and its tokenizer."""
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise FabricError(f"standard input is no text: {error}", expected=error.encoding) from error
+
+
+def load(config: GenerateConfig, *, choose: bool = False) -> "Model":
+    """The model with its adapters and its tokenizer; ``choose`` between one and none."""
     from dataclasses import replace
 
     from rich.console import Console
@@ -144,11 +156,12 @@ def load(config: GenerateConfig) -> "Model":
     from fabric_jax.data.tokenizer import load_tokenizer
     from fabric_jax.model import load_model
 
+    several = choose or len(config.adapter) > 1
     with Console(stderr=True).status(f"loading {config.model}"):
         model = load_model(
             config.model,
             weights=None if config.weights == "auto" else config.weights,
-            adapter=config.adapter if len(config.adapter) > 1 else (*config.adapter, None)[0],
+            adapter=config.adapter if several else (*config.adapter, None)[0],
             act_quant=None if config.act_quant == "auto" else config.act_quant,
             dtype=config.dtype,
             embedding_dtype=None if config.embedding_dtype == "same" else config.embedding_dtype,
@@ -214,8 +227,15 @@ def _file(config: GenerateConfig) -> int:
     from fabric_jax.files import require_writable
 
     rows = read_prompts(config.prompts)
+    named = {row.adapter for row in rows if row.adapter is not None}
+    if unknown := sorted(named - set(config.adapter)):
+        raise FabricError(
+            f"{config.prompts} names an adapter that is not given with --adapter",
+            expected=", ".join(config.adapter) or "none",
+            found=unknown[0],
+        )
     require_writable(config.out)
-    model = load(config)
+    model = load(config, choose=bool(named))
     timed: list[Stats] = []
     options = config.options
     options["batch_size"], options["log_probs"] = config.batch_size, config.log_probs

@@ -46,10 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return _exit_code(stop)
     except FabricError as error:
-        if os.environ.get("FABRIC_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"fabric-jax: error: {error}", file=sys.stderr)
-        return ERROR_CODE
+        return _refused(error)
+    except (RuntimeError, AssertionError):
+        if not (names := _missing_platforms()):
+            raise
+        problem = f"jax finds no device of JAX_PLATFORMS={names}"
+        fix = "Unset it, and `fabric-jax doctor` says what there is and what to install"
+        return _refused(FabricError(problem, fix=fix))
     except KeyboardInterrupt as stop:
         # A training loop that saved first says how to resume, and knows which signal it was.
         print(f"fabric-jax: {str(stop) or 'interrupted'}", file=sys.stderr)
@@ -80,6 +83,23 @@ def _dispatch(words: list[str]) -> int:
     module = import_module(f"fabric_jax.cli.{first}")
     run = cast(Callable[[Sequence[str]], int], module.run)
     return run(words[1:])
+
+
+def _refused(error: FabricError) -> int:
+    if os.environ.get("FABRIC_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"fabric-jax: error: {error}", file=sys.stderr)
+    return ERROR_CODE
+
+
+def _missing_platforms() -> str:
+    """What the variable asks jax for, where that is why jax does not start; else nothing."""
+    names = os.environ.get("JAX_PLATFORMS", "")
+    try:
+        import_module("jax").devices()
+    except (RuntimeError, AssertionError):
+        return names
+    return ""
 
 
 def _help() -> str:

@@ -15,12 +15,14 @@ def run(arguments: Sequence[str]) -> int:
     from fabric_jax.training.memory_account import MemoryConfig, account
 
     config = parse(MemoryConfig, "memory", arguments)
+    from fabric_jax.files import require_writable, write_json
+
+    if config.json:
+        require_writable(config.json)
     if config.fits:
         return _print_fitting(config)
     found = account(config)
     if config.json:
-        from fabric_jax.files import write_json
-
         write_json(config.json, found.to_dict())
     _print(found, config)
     return 0
@@ -31,6 +33,10 @@ def _print_fitting(config: "MemoryConfig") -> int:
     from fabric_jax.training.memory_account import largest_that_fits
 
     fitting = largest_that_fits(config)
+    if config.json:
+        from fabric_jax.files import write_json
+
+        write_json(config.json, {"fits": config.fits, "analytic": dict(fitting)})
     if not fitting:
         console().print(f"no published size fine-tunes in {config.fits:g} GiB like this")
         return 1

@@ -64,7 +64,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
         """Ids of ``text``; with ``add_special`` after ``bos_id``, where documents start with it."""
-        ids = list(self.backend.encode(text, add_special_tokens=False).ids)
+        try:
+            ids = list(self.backend.encode(text, add_special_tokens=False).ids)
+        except TypeError as error:
+            raise _no_text([text]) from error
         if add_special and self.add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         return ids
@@ -75,12 +78,18 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Ids of many texts, on all cores."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError as error:
+            raise _no_text(texts) from error
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[Encoded]:
         """Ids and character spans of many texts, on all cores."""
-        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        except TypeError as error:
+            raise _no_text(texts) from error
         return [
             Encoded(
                 np.asarray(encoding.ids, np.int32),
@@ -101,6 +110,24 @@ class Tokenizer:
         """The spelling of a token as templates write it, empty for None."""
         text = None if token_id is None else self.backend.id_to_token(token_id)
         return text or ""
+
+
+def _no_text(texts: Sequence[str]) -> FabricError:
+    """The error for what Python takes for a text and UTF-8 doesn't."""
+    wrong = next((text for text in texts if not _is_text(text)), "")
+    return FabricError(
+        "a text has half of a surrogate pair, which is no character",
+        found=ascii(wrong)[:80],
+        fix="Correct or remove it",
+    )
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def byte_tokenizer() -> Tokenizer:

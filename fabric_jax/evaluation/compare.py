@@ -10,7 +10,12 @@ from jax.sharding import Mesh
 from fabric_jax.data.batch import Batch
 from fabric_jax.data.tokenize_rows import LabelledRow
 from fabric_jax.data.tokenizer import Tokenizer
-from fabric_jax.evaluation.accuracy import AnswerBy, TaskAccuracy, make_accuracy_task
+from fabric_jax.evaluation.accuracy import (
+    AccuracyTask,
+    AnswerBy,
+    TaskAccuracy,
+    make_accuracy_task,
+)
 from fabric_jax.evaluation.perplexity import Perplexity, evaluate_perplexities, make_eval_step
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
@@ -54,15 +59,17 @@ def compare(
         FabricError: as ``evaluate_perplexity`` and ``make_accuracy_task``.
     """
     adapters = [jax.tree.map(jnp.zeros_like, adapter), adapter] if adapter else [adapter]
+    task: AccuracyTask | None = None
+    if labelled:  # First, since it may be refused.
+        task = make_accuracy_task(
+            definition, tokenizer, labelled, by=by, batch_size=batch_size, mesh=mesh
+        )
     perplexities: list[Perplexity] | list[None] = [None] * len(adapters)
     if batches is not None:
         step = make_eval_step(definition, mesh)
         perplexities = evaluate_perplexities(step, base, adapters, batches)
     accuracies: list[TaskAccuracy] | list[None] = [None] * len(adapters)
-    if labelled:
-        task = make_accuracy_task(
-            definition, tokenizer, labelled, by=by, batch_size=batch_size, mesh=mesh
-        )
+    if task is not None:
         accuracies = [task(base, tree) for tree in adapters]
     evaluations = [
         Evaluation(perplexity=perplexity, accuracy=accuracy)

@@ -54,12 +54,13 @@ def stack_adapters(
 
 
 def _union(members: Sequence[LoraConfig]) -> LoraConfig:
-    """Settings whose adapters hold any of the members': largest ranks, the first one's scales."""
+    """Settings whose adapters hold any of the members': largest ranks, the first scales not 0."""
     names = [
         name for name in TARGET_GROUPS["all"] if any(member.covers(name) for member in members)
     ]
     ranks = {name: max(m.of(name).rank for m in members if m.covers(name)) for name in names}
-    scales = {name: next(m.of(name).scale for m in members if m.covers(name)) for name in names}
+    found = {name: [m.of(name).scale for m in members if m.covers(name)] for name in names}
+    scales = {name: next(filter(None, own), 1.0) for name, own in found.items()}
     first = names[0]
     return LoraConfig(
         rank=ranks[first],

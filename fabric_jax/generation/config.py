@@ -27,7 +27,7 @@ class GenerationConfig:
         seed: of sampling. Prompt i draws from a stream of its own, whatever the batch size.
         stop_tokens: ids that end an answer.
         log_probs: whether to return the log-probability of each new token.
-        batch_size: prompts computed at once; 0 for all.
+        batch_size: prompts computed at once, at most; 0 for all.
         cache_length: positions that the key/value cache holds for each prompt; 0 for as many as
             the prompts and new tokens need.
         cache_dtype: of stored keys and values; empty for that of the activations. ``int8`` has one

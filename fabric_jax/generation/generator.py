@@ -74,7 +74,7 @@ class Generator:
                 model or the cache with ``max_new_tokens`` after it.
         """
         rows = self.check(prompts, settings)
-        size = settings.batch_size or len(rows)
+        size = min(settings.batch_size or len(rows), len(rows))
         by_length = sorted(range(len(rows)), key=lambda i: -rows[i].size)
         results: dict[int, Generated] = {}
         for start in range(0, len(rows), max(size, 1)):

@@ -13,6 +13,8 @@ from fabric_jax.generation.config import GenerationConfig
 Method = Literal["greedy", "temperature", "filtered"]
 """What is compiled: the most likely token, a draw from all, a draw from those that ``top_k``,
 ``top_p`` and ``min_p`` leave."""
+LEAST_TEMPERATURE = 1e-30
+"""What lies below it would divide logits to infinity; the largest is all that is drawn by then."""
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +37,7 @@ def sampling_of(config: GenerationConfig) -> tuple[Method, Sampling]:
     elif config.top_k or config.top_p < 1 or config.min_p:
         method = "filtered"
     return method, Sampling(
-        temperature=jnp.float32(config.temperature),
+        temperature=jnp.float32(max(config.temperature, LEAST_TEMPERATURE)),
         top_k=jnp.int32(config.top_k),
         top_p=jnp.float32(config.top_p),
         min_p=jnp.float32(config.min_p),

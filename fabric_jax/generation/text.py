@@ -24,6 +24,7 @@ class TextStream:
         stop_strings: texts that end the answer and are no part of it.
         text: all that was returned.
         stopped: whether a stop string has come.
+        taken: tokens added so far, up to that which completed a stop string.
     """
 
     tokenizer: Tokenizer
@@ -31,6 +32,7 @@ class TextStream:
     stop_strings: tuple[str, ...] = ()
     text: str = ""
     stopped: bool = False
+    taken: int = 0
     _before: list[int] = field(init=False)
     _waiting: list[int] = field(default_factory=list[int])
     _given: int = 0
@@ -46,6 +48,7 @@ class TextStream:
         for token in tokens:
             if self.stopped:
                 break
+            self.taken += 1
             self._waiting.append(token)
             parts.append(self._take(self._decoded(last=False)))
         return "".join(parts)
@@ -99,15 +102,3 @@ def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that ``stop`` begins with, short of all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def tokens_until_stop(
-    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], stop_strings: Sequence[str]
-) -> int | None:
-    """How many of ``tokens`` it takes until a stop string is complete; None where none comes."""
-    stream = TextStream(tokenizer=tokenizer, prompt=prompt, stop_strings=tuple(stop_strings))
-    for count, token in enumerate(tokens, 1):
-        stream.add([token])
-        if stream.stopped:
-            return count
-    return None

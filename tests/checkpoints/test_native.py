@@ -1,3 +1,4 @@
+import errno
 import json
 import resource
 import struct
@@ -260,3 +261,33 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "model").write_text("")
     with pytest.raises(FabricError, match="is a file"):
         save_model(tmp_path / "model", *make(), tokenizer_json=None)
+
+
+def test_a_link_to_a_folder_stays_one(saved):
+    link = saved.parent / "latest"
+    link.symlink_to(saved)
+    definition, base = make("master")
+    save_model(link, definition, base, tokenizer_json=None)
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["latest", "model"]
+    assert link.is_symlink()
+    assert_same_bits(load_model_folder(saved)[1], base)
+
+
+def test_a_folder_that_cannot_be_replaced(saved, monkeypatch):
+    definition, base = make("master")
+    rename = Path.rename
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == saved)
+    with pytest.raises(FabricError, match=r"a disk is mounted.* Choose a folder in it"):
+        save_model(saved, definition, base, tokenizer_json=None)
+
+    def refuse(source, target):
+        if source == saved:
+            raise OSError(errno.EBUSY, "busy")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "is_mount", lambda path: False)
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(FabricError, match=r"cannot write .*model: busy"):
+        save_model(saved, definition, base, tokenizer_json=None)
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+    assert_same_bits(load_model_folder(saved)[1], make()[1])

@@ -99,6 +99,7 @@ def test_wrong_input_is_one_message(refused, model: Path, tuned: Path, tmp_path:
     out, adapter = tmp_path / "o", ("--adapter", tuned / "adapter")
     assert "weights are random" in message("bitnet-tiny", out, "--to", "native")
     assert "does not exist" in message(tmp_path / "none", out, "--to", "native")
+    assert "is no file" in message(model, out, "--to", "native", "--json", tmp_path)
     assert "is what is read" in message(model, model, "--to", "hf-packed")
     assert "is a file" in message(model, tmp_path / "file", "--to", "hf-packed")
     assert "ends in .gguf" in message(model, out, "--to", "gguf-tq2_0")

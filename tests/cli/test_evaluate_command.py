@@ -1,8 +1,14 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
+
+from fabric_jax.checkpoints.native import save_model
+from fabric_jax.models.decoder import DecoderOptions, define_decoder
+from fabric_jax.models.initialize import initialize_base
+from fabric_jax.models.registry import REGISTRY
 
 SMALL = ("--max-length", "48", "--batch-size", "4")
 
@@ -90,6 +96,10 @@ def large_vocabulary(folder: Path) -> Path:
 
 def test_against_compares_two_forms_of_a_model(fabric, refused, held_out: Path, tmp_path: Path):
     report = tmp_path / "against.json"
+    shorter = dataclasses.replace(REGISTRY["bitnet-tiny"], max_length=32)
+    definition = define_decoder(shorter, DecoderOptions())
+    base = initialize_base(definition, 0)
+    save_model(tmp_path / "short", definition, base, tokenizer_json=None)
     given = ("--model", "bitnet-tiny", "--data", held_out, *SMALL)
     change = ("--against", "weights=ternary1.6")
     outcome = fabric("evaluate", *given, *change, "--json", report)
@@ -103,5 +113,6 @@ def test_against_compares_two_forms_of_a_model(fabric, refused, held_out: Path, 
         ("weights", "name=value"),
         ("weights=ternary3", "Did you mean 'ternary2'"),
         ("wieghts=int8", "Did you mean 'weights'"),
+        (f"model={tmp_path / 'short'}", "at most 32"),
     ):
         assert message in refused("evaluate", *given, "--against", word)

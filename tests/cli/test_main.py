@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -134,6 +135,16 @@ def test_exit_code_reaches_the_shell(command: list[str]):
     done = subprocess.run([*command, "modles"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.endswith("Did you mean 'models'?\n")
+
+
+def test_a_platform_that_is_not_there_is_named():
+    command = [sys.executable, "-m", "fabric_jax.cli.main", "doctor"]
+    environment = {**os.environ, "JAX_PLATFORMS": "nonsense"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "fabric-jax: error: jax finds no device of JAX_PLATFORMS=nonsense"
+    )
 
 
 @pytest.mark.parametrize("words", ["models", "models --json"])

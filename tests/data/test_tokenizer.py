@@ -100,6 +100,14 @@ def test_bytes_round_trip_any_text(text: str) -> None:
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("method", ["encode", "encode_with_offsets", "encode_batch"])
+def test_half_of_a_surrogate_pair_is_one_message(method: str) -> None:
+    # What a cut-off "\\ud83d\\ude00" in JSON becomes.
+    text = json.loads('"one \\ud83d"')
+    with pytest.raises(FabricError, match=r"half of a surrogate pair.*'one \\ud83d'"):
+        getattr(byte_tokenizer(), method)(["two", text] if method == "encode_batch" else text)
+
+
 def test_byte_alphabet_equals_gpt2s(oracle) -> None:
     (module,) = oracle("transformers.convert_slow_tokenizer")
     assert byte_alphabet() == module.bytes_to_unicode()

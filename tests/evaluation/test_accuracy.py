@@ -254,6 +254,14 @@ def test_base_and_adapter_side_by_side(random_model, rows):
     assert both.adapter.accuracy.predictions == direct.predictions
 
 
+def test_rows_that_are_no_task_are_refused_before_anything_is_computed(random_model, rows):
+    definition, base, adapter = random_model
+    batches, same = iter([batch()]), [row for row in rows if row.label == rows[0].label]
+    with pytest.raises(FabricError, match="two classes"):
+        compare(definition, base, adapter, tokenizer=BYTES, batches=batches, labelled=same)
+    assert next(batches, None) is not None
+
+
 def test_what_there_is_nothing_for_is_left_out(random_model):
     definition, base, adapter = random_model
     result = compare(definition, base, adapter, tokenizer=BYTES, batches=[batch()])

@@ -61,6 +61,18 @@ def test_each_row_gets_what_its_adapter_gives_alone(mode):
     assert found == [*bare, *alone[0], *alone[1]]
 
 
+@pytest.mark.parametrize("alphas", [(0.0, 6.0), (6.0, 0.0), (0.0, 0.0)])
+def test_an_adapter_whose_scale_is_zero_adds_nothing(alphas):
+    loras = [LoraConfig(rank=2, alpha=alpha, targets=("q",)) for alpha in alphas]
+    definition = define_decoder(SMALL, DecoderOptions())
+    own = define_decoder(SMALL, replace(definition.options, lora=loras[0]))
+    tree = jax.tree.map(lambda x: jnp.ones(x.shape), initialize_adapter(own, 0))
+    combined, stack = stack_adapters(definition, [(lora, tree) for lora in loras])
+    b = np.asarray(stack["layers"]["attention"]["q"]["lora"]["b"])
+    for number, alpha in enumerate((0.0, *alphas)):
+        np.testing.assert_allclose(b[:, number] * combined.options.lora.of("q").scale, alpha / 2)
+
+
 def test_no_adapters_are_no_stack():
     with pytest.raises(FabricError, match="no adapters"):
         stack_adapters(define_decoder(SMALL, DecoderOptions()), [])

@@ -306,6 +306,12 @@ def test_a_prompt_may_fill_the_model(packed):
     assert list(result.tokens) == greedy_by_rerunning(packed, prompt, 2)
 
 
+def test_a_batch_is_no_larger_than_its_prompts(packed):
+    # So many rows of cache would be terabytes.
+    result = packed(PROMPTS[:1], batch_size=2**34)
+    assert result == packed(PROMPTS[:1])
+
+
 def test_no_prompts_give_no_results(packed):
     assert packed([]) == []
 

@@ -12,6 +12,7 @@ from fabric_jax.generation.config import GenerationConfig
 from fabric_jax.generation.sampling import (
     choose_tokens,
     filtered_scores,
+    most_likely,
     penalize,
     sampling_of,
     token_log_probs,
@@ -134,6 +135,28 @@ def test_temperature_zero_and_top_1_are_greedy():
         tokens = choose_tokens(jnp.asarray(logits), keys, sampling, method)
         assert method == "greedy"
         np.testing.assert_array_equal(tokens, logits.argmax(1))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("temperature", [1e-9, 1e-38, 1e-60])
+def test_the_smallest_temperatures_draw_the_most_likely(temperature, top_p):
+    logits = 30 * random_logits(2, rows=8)
+    keys = jax.random.split(jax.random.key(0), 8)
+    numbers = GenerationConfig(temperature=temperature, top_p=top_p)
+    method, sampling = sampling_of(numbers)
+    tokens = choose_tokens(jnp.asarray(logits), keys, sampling, method)
+    np.testing.assert_array_equal(tokens, logits.argmax(1))
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 1000])
+def test_the_most_likely_is_argmax_of_whatever_it_is_given(width):
+    rng = np.random.default_rng(width)
+    logits = rng.integers(-3, 3, (64, width)).astype(np.float32)  # Many are equal.
+    for row, value in enumerate([np.nan, np.inf, -np.inf, -np.nan]):
+        logits[row, rng.random(width) < 0.3] = value
+        logits[4 + row] = value
+    logits[8, ::2], logits[9, 1::2] = -0.0, -0.0
+    np.testing.assert_array_equal(jax.jit(most_likely)(logits), logits.argmax(1))
 
 
 def test_equal_logits_rank_by_id():
