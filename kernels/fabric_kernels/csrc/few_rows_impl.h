@@ -9,8 +9,8 @@ constexpr int kWeightRows = 4;  // rows of weights in flight
 // too often. ternary1.6 has fewer accumulators a row, and needs four for enough of them.
 template <Format kFormat>
 constexpr int kOneRowWeights = kFormat == Format::kTernary2 ? 2 : kWeightRows;
-// What is asked for ahead of its use, into the second-level cache: with 4 KiB the answer comes late;
-// 8 and more are slower again.
+// Asked for ahead of its use, into the second-level cache: with 4 KiB the answer comes late, 8 and
+// more are slower again.
 constexpr int64_t kAhead = 6144;
 
 // Rows of weights in one piece of work: about 64 KB of them.
@@ -30,7 +30,7 @@ using OneRowSums = Vec[kOneRowWeights<kFormat>];
 template <int kCount>
 using WeightRows = const uint8_t* [kCount];
 template <Format kFormat>
-using OneRowRows = WeightRows<kOneRowWeights<kFormat>>;
+using OneRowWeights = WeightRows<kOneRowWeights<kFormat>>;
 
 // The whole vectors of packed bytes of the rows, then once more the incomplete last one, copied and
 // followed by zeros: two passes of the same loop, which so has no case to tell apart. (A loop body
@@ -63,7 +63,7 @@ struct Passes {
 
 // ternary2, one row of digits. Fields are not shifted down: each plane has its own accumulator,
 // which is shifted once at the end (exact, since every product in it is a multiple of 4^j).
-void OneRowTernary2(const int32_t* digits, const OneRowRows<Format::kTernary2>& rows,
+void OneRowTernary2(const int32_t* digits, const OneRowWeights<Format::kTernary2>& rows,
                     int64_t row_bytes, int64_t ahead, OneRowSums<Format::kTernary2>& sums) {
   constexpr int kCount = kOneRowWeights<Format::kTernary2>;
   Vec acc[kCount][4];
@@ -99,7 +99,7 @@ void OneRowTernary2(const int32_t* digits, const OneRowRows<Format::kTernary2>& 
 // is (3 r_j - r_{j+1}) / 256, so the dot product needs no digit on its own:
 //   256 * sum_j t_j a_j = 3 * sum_j r_j a_j - sum_j r_{j+1} a_j,
 // lane by lane, which divides by 256 without a remainder.
-void OneRowTernary1_6(const int32_t* digits, const OneRowRows<Format::kTernary1_6>& rows,
+void OneRowTernary1_6(const int32_t* digits, const OneRowWeights<Format::kTernary1_6>& rows,
                       int64_t row_bytes, int64_t ahead, OneRowSums<Format::kTernary1_6>& sums) {
   constexpr int kCount = kOneRowWeights<Format::kTernary1_6>;
   Vec current[kCount], next[kCount];
@@ -198,7 +198,7 @@ inline void PointAt(const Matrix& matrix, int64_t n, WeightRows<kCount>& rows) {
   }
 }
 
-// What is prefetched with rows n.. of a matrix, in bytes from them; at its end rows of the next one.
+// What is prefetched with rows n.. of a matrix, in bytes from them: at its end the next one's rows.
 inline int64_t AheadOf(const Job& job, int group, int64_t n) {
   const Matrix& matrix = job.matrix[group];
   const int64_t left = (matrix.rows - n) * matrix.row_bytes;
