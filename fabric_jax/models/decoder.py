@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from fabric_jax.errors import FabricError, unknown_name
-from fabric_jax.layers.attention import Attention, AttentionChoice, attend
+from fabric_jax.layers.attention import Attention, AttentionChoice, Projected, attend
 from fabric_jax.layers.bit_linear import (
     INIT_STD,
     LINEAR_OUTPUT,
@@ -41,6 +41,7 @@ from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder_options import DecoderOptions as DecoderOptions
 from fabric_jax.models.decoder_options import Remat as Remat
 from fabric_jax.models.decoding import layer_stacks
+from fabric_jax.models.offload import scan_offloaded
 from fabric_jax.models.stacks import join_trees, split_packed
 from fabric_jax.models.views import Views, cache_views, row_views
 from fabric_jax.parallel.mesh import MeshShape
@@ -81,9 +82,13 @@ class Block(nnx.Module):
 
     def project(
         self, h: jax.Array, angles: Angles | None, context: LayerContext | None
-    ) -> tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]:
-        """Queries, keys and values of the residual stream ``h`` [B, T, D]; see ``Attention``."""
-        return self.attention.project(self.attention_norm, h, angles, context)
+    ) -> tuple[Projected, jax.Array]:
+        """Queries, keys and values of the residual stream ``h`` [B, T, D], and ``h`` itself.
+
+        See ``Attention``: :meth:`combine` takes the ``h`` that is returned.
+        """
+        projected, stream = self.attention.project(self.attention_norm, h, angles, context)
+        return projected, cast(jax.Array, stream)
 
     def combine(
         self,
@@ -271,6 +276,15 @@ class Decoder(nnx.Module):
         packed, base = split_packed(base, self.frozen_linears)
         stacked = base
 
+        h = self.embed(tokens)
+        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        layers = (indices, (adapter, base))
+        if self.remat == "offload" and cache is None:
+            consts = (packed, positions, views, dropout_key, strength)
+            layer = partial(self._layer_of, graphdef)
+            h = scan_offloaded(layer, h, layers, consts, unroll=self.unroll)
+            return self.final_norm(h), None
+
         def body(
             carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, tuple[Any, ...]]
         ) -> tuple[tuple[jax.Array, KVCache | None], None]:
@@ -286,7 +300,7 @@ class Decoder(nnx.Module):
         # A loop keeps XLA from taking what is recomputed for what is there already.
         recomputed = partial(jax.checkpoint, prevent_cse=self.unroll)
         match self.remat:
-            case "none":
+            case "none" | "offload":
                 pass
             case "linears":
                 keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT, NARROW_PRODUCT)
@@ -296,11 +310,18 @@ class Decoder(nnx.Module):
                 body = recomputed(body, policy=keep)
             case "layer":
                 body = recomputed(body)
-        h = self.embed(tokens)
-        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        layers = (indices, (adapter, base))
         (h, cache), _ = lax.scan(body, (h, cache), layers, unroll=self.unroll)
         return self.final_norm(h), cache
+
+    def _layer_of(
+        self, graphdef: nnx.GraphDef[Block], h: jax.Array, layer: Any, consts: Any
+    ) -> jax.Array:
+        """The residual stream after one layer, all arrays of which are among the arguments."""
+        index, (adapter, base) = layer
+        packed, positions, views, dropout_key, strength = consts
+        block = nnx.merge(graphdef, adapter, join_trees(packed, base))
+        context = self._context(index, None, dropout_key, None, strength)
+        return self._layer(block, h, context, positions, views, None)[0]
 
     def layer_function(
         self,
@@ -359,7 +380,8 @@ class Decoder(nnx.Module):
         assert index is not None
         view, scale = views.at(index), self.config.attention_scale
         if cache is not None and positions.shape[1] == 1:
-            q, k, v = map(exact_form, block.project(h, None, context))
+            projected, h = block.project(h, None, context)
+            q, k, v = map(exact_form, projected)
             attended, cache = cached_attention(
                 *(q, k, v, cache, index, positions),
                 angles=view.angles,
@@ -370,7 +392,7 @@ class Decoder(nnx.Module):
             return block.combine(h, attended, context), cache
         # A cache holds keys that are turned; without one it is left to the attention.
         early, late = (None, view.angles) if cache is None else (view.angles, None)
-        q, k, v = block.project(h, early, context)
+        (q, k, v), h = block.project(h, early, context)
         if cache is not None:
             cache = cache.write(index, positions, exact_form(k), exact_form(v))
             k, v = cache.read(index, h.dtype, view.mask.shape[-1])

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, cast, get_args
 
 import jax.numpy as jnp
+from fabric_kernels import Prologue
 from fabric_kernels.decoding import Implementation, LayerStacks, picks_itself, why_not
 from fabric_kernels.ternary_matmul import resolve, select_implementation
 
@@ -94,7 +95,7 @@ def _why_not(layers: "Block", config: ModelConfig, rows: int) -> str | None:
         return "another gate"
     if layers.attention_norm.offset:
         return "norms with an offset"
-    if options.sides is not None or not takes_prologue(linears, empty, None):
+    if options.sides is not None or not takes_prologue(linears, empty, None, Prologue()):
         return "other weights than packed ones alone, or another quantiser"
     return None
 

@@ -1,6 +1,6 @@
 """What a layer sees of a row: rotary angles and a mask, for global and for local layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -27,6 +27,7 @@ class View:
     first: Int32[Array, "B T"] | None = None
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Views:
     """The views of all layers, made once, before the scan over them.
@@ -39,7 +40,7 @@ class Views:
 
     of_global: View
     of_local: View | None
-    global_every: int
+    global_every: int = field(metadata={"static": True})
 
     def at(self, layer: Int32[Array, ""]) -> View:
         """The view of one layer."""

@@ -106,22 +106,39 @@ def linear_with_adapters(
         return triton.linear_with_adapters(x, weights, adapters)
     rows, leading, own = x.reshape(-1, x.shape[-1]), x.shape[:-1], tuple(adapters)
     dtype = x.dtype if x.dtype in (jnp.bfloat16, jnp.float32) else jnp.dtype(jnp.float32)
-    tokens = max(choose_tiles(len(rows), weight.n).tokens for weight in weights)
-    width = max(PIECE_BYTES * 2, _up(weights[0].packed.shape[-1], PIECE_BYTES))
-    codes, factors, narrow = quantized_rows(
-        rows, tuple(weights), own, _up(len(rows), tokens), CODES_PER_BYTE * width
+    quantized = quantized_rows(rows, tuple(weights), own, *codes_shape(len(rows), weights))
+    outputs, kept = of_quantized(rows, quantized, weights, own, dtype, interpret=interpret)
+    return (
+        tuple(y.reshape(*leading, y.shape[-1]) for y in outputs),
+        tuple(u.reshape(*leading, u.shape[-1]) for u in kept),
     )
-    shares = mosaic_gpu_share.shares_of(narrow, own, dtype)
+
+
+def codes_shape(m: int, weights: Sequence[TernaryWeight]) -> tuple[int, int]:
+    """Of the codes of ``m`` tokens, so that no product pads them."""
+    tokens = max(choose_tiles(m, weight.n).tokens for weight in weights)
+    width = max(PIECE_BYTES * 2, _up(weights[0].packed.shape[-1], PIECE_BYTES))
+    return _up(m, tokens), CODES_PER_BYTE * width
+
+
+def of_quantized(
+    rows: jax.Array,
+    quantized: tuple[jax.Array, list[jax.Array], jax.Array],
+    weights: Sequence[TernaryWeight],
+    adapters: tuple[LowRank | None, ...],
+    dtype: jnp.dtype,
+    *,
+    interpret: Any = None,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The products of ``quantized_rows`` of ``rows`` [M, K] with shares added, and narrow ones."""
+    codes, factors, narrow = quantized
+    shares = mosaic_gpu_share.shares_of(narrow, adapters, dtype)
     outputs = [
         _product(codes, weight, factor, dtype, m=len(rows), share=share, interpret=interpret)
         for weight, factor, share in zip(weights, factors, shares, strict=True)
     ]
     added = any(share is not None for share in shares)
-    outputs, kept = add_shares(rows, outputs, own, narrow, added=added)
-    return (
-        tuple(y.reshape(*leading, y.shape[-1]) for y in outputs),
-        tuple(u.reshape(*leading, u.shape[-1]) for u in kept),
-    )
+    return add_shares(rows, outputs, adapters, narrow, added=added)
 
 
 def linear_transposed(
