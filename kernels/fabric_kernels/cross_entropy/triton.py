@@ -24,19 +24,20 @@ LOWEST = -3e38
 def logits_gradient(
     z_loss: float,
     dtype: jnp.dtype,
+    count: int,
     logits: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     *,
     mode: Mode,
 ) -> tuple[jax.Array, jax.Array]:
-    """As ``api.logits_gradient``; a gradient of the dtype of the logits takes their place."""
+    """As ``api.logits_gradient`` of ``count`` logits a row; a gradient of the dtype of the logits takes their place."""
     m, v = logits.shape
     block = min(BLOCK, 1 << (v - 1).bit_length())
 
     def kernel(logits: Any, targets: Any, weights: Any, losses: Any, gradient: Any) -> None:
         token, start = pl.program_id(0), (jnp.float32(LOWEST), jnp.float32(0))
-        part = partial(_part, logits, token, block)
+        part = partial(_part, logits, token, block, count)
 
         def add(i: jax.Array, known: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             largest, total = known
@@ -52,7 +53,8 @@ def logits_gradient(
         share = (1.0 + 2.0 * z_loss * normaliser) / total
 
         def store(i: jax.Array, _: None) -> None:
-            z, at, inside = part(i)
+            z, at = part(i)
+            inside = None if v % block == 0 else at < v
             hit = jnp.where(at == target, 1.0, 0.0)
             value = ((jnp.exp(z - largest) * share - hit) * weight).astype(dtype)
             plgpu.store(gradient.at[token, pl.ds(i * block, block)], value, mask=inside)
@@ -74,12 +76,11 @@ def logits_gradient(
 
 
 def _part(
-    logits: Any, token: jax.Array, block: int, i: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Block ``i`` of a row in float32, its columns, and which of them there are; None for all."""
-    v = logits.shape[1]
+    logits: Any, token: jax.Array, block: int, count: int, i: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Block ``i`` of a row in float32, minus infinity from ``count`` on, and its columns."""
     at = i * block + lax.iota(jnp.int32, block)
-    inside = None if v % block == 0 else at < v
+    inside = None if count == logits.shape[1] and count % block == 0 else at < count
     other = None if inside is None else jnp.array(-jnp.inf, logits.dtype)
     ref = logits.at[token, pl.ds(i * block, block)]
-    return plgpu.load(ref, mask=inside, other=other).astype(jnp.float32), at, inside
+    return plgpu.load(ref, mask=inside, other=other).astype(jnp.float32), at

@@ -53,13 +53,14 @@ def forward(
         values, token = normalised(how, x, gain, out), pl.program_id(0)
         plgpu.store(out.at[token, at], values, mask=mask)
         row = values.astype(jnp.float32)
-        largest = jnp.maximum(jnp.max(jnp.abs(row)), EPSILON)
-        scale = scalar_reciprocal(largest, mode) * 127.0
+        # A maximum need not keep what is not a number.
+        largest = jnp.max(jnp.where(row == row, jnp.abs(row), jnp.inf))
+        scale = scalar_reciprocal(jnp.maximum(largest, EPSILON), mode) * 127.0
         rounded = jnp.clip(round_product(row, scale, mode), -128, 127).astype(jnp.int8)
         inside = None if at.size == codes.shape[1] else at < codes.shape[1]
         plgpu.store(codes.at[token, at], rounded, mask=inside)
-        # The largest of a row leaves out what is not a number: it becomes visible here.
-        factor = scalar_reciprocal(scale, mode) + jnp.sum(row * 0.0)
+        factor = scalar_reciprocal(scale, mode)
+        factor = jnp.where(largest == jnp.inf, jnp.nan, factor)
         for ref, (of_matrix, layer) in zip(factors, scales, strict=True):
             ref[token] = factor * of_matrix[layer[0] if of_matrix.shape[0] > 1 else 0]
 
