@@ -277,13 +277,13 @@ class Decoder(nnx.Module):
         stacked = base
 
         h = self.embed(tokens)
-        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        layers = (indices, (adapter, base))
         if self.remat == "offload" and cache is None:
             consts = (packed, positions, views, dropout_key, strength)
             layer = partial(self._layer_of, graphdef)
-            h = scan_offloaded(layer, h, layers, consts, unroll=self.unroll)
+            h = scan_offloaded(layer, h, (adapter, base), consts, unroll=self.unroll)
             return self.final_norm(h), None
+        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        layers = (indices, (adapter, base))
 
         def body(
             carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, tuple[Any, ...]]
@@ -314,10 +314,15 @@ class Decoder(nnx.Module):
         return self.final_norm(h), cache
 
     def _layer_of(
-        self, graphdef: nnx.GraphDef[Block], h: jax.Array, layer: Any, consts: Any
+        self,
+        graphdef: nnx.GraphDef[Block],
+        h: jax.Array,
+        index: jax.Array,
+        trees: tuple[Any, Any],
+        consts: Any,
     ) -> jax.Array:
         """The residual stream after one layer, all arrays of which are among the arguments."""
-        index, (adapter, base) = layer
+        adapter, base = trees
         packed, positions, views, dropout_key, strength = consts
         block = nnx.merge(graphdef, adapter, join_trees(packed, base))
         context = self._context(index, None, dropout_key, None, strength)

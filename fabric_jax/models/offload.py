@@ -13,19 +13,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Layer = Callable[[jax.Array, Any, Any], jax.Array]
-COMPILER_OPTIONS = {"xla_gpu_executable_num_compute_streams": 4}
-"""For a program with such a scan on a CUDA GPU: XLA's streams for copies are otherwise one and the
-same, that of the computation."""
+Layer = Callable[[jax.Array, jax.Array, Any, Any], jax.Array]
+COMPILER_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL"
+}
+"""For programs with such a scan on a CUDA GPU: all that XLA records in graphs by itself, except
+copies of slices. Within a graph they would not run beside the computation (jax 0.11.2)."""
 
 
 def scan_offloaded(layer: Layer, h: jax.Array, xs: Any, consts: Any, *, unroll: bool) -> jax.Array:
-    """``h = layer(h, x, consts)`` for each ``x`` of ``xs``; first gradients, in reverse mode.
+    """``h = layer(h, i, x, consts)`` for each ``x`` of ``xs``; first gradients, in reverse mode.
 
     The gradients are those of ``jax.checkpoint(layer)`` in a scan.
 
     Args:
-        layer: of arrays that are all among its arguments.
+        layer: of arrays that are all among its arguments; ``i`` int32 [] counts from 0.
         h: what goes through all layers, of one shape and dtype.
         xs: a tree of arrays [L, ...], L at least 1, differentiated where they are floats.
         consts: a tree of arrays that every layer reads; not differentiated.
@@ -34,15 +36,17 @@ def scan_offloaded(layer: Layer, h: jax.Array, xs: Any, consts: Any, *, unroll: 
     Returns:
         The last ``h``.
     """
-    return _scan(layer, unroll, h, xs, consts)
+    # It is called in several places, and traced in one.
+    return _scan(jax.jit(layer), unroll, h, xs, consts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(layer: Layer, unroll: bool, h: jax.Array, xs: Any, consts: Any) -> jax.Array:
-    def body(h: jax.Array, x: Any) -> tuple[jax.Array, None]:
-        return layer(h, x, consts), None
+    def body(carry: tuple[jax.Array, jax.Array], x: Any) -> tuple[Any, None]:
+        h, i = carry
+        return (layer(h, i, x, consts), i + 1), None
 
-    return lax.scan(body, h, xs, unroll=unroll)[0]
+    return lax.scan(body, (h, jnp.int32(0)), xs, unroll=unroll)[0][0]
 
 
 @jax.tree_util.register_static
@@ -58,16 +62,14 @@ def _forward(
     h, consts = jax.tree.map(lambda leaf: leaf.value, (h, consts), is_leaf=_is_primal)
     xs = jax.tree.unflatten(tree, [leaf.value for leaf in leaves])
 
-    def body(h: jax.Array, x: Any) -> tuple[jax.Array, jax.Array]:
-        rest = [leaf for leaf, own in zip(jax.tree.leaves(x), trained, strict=True) if not own]
-        # XLA has few streams for copies: small ones must not wait behind this one.
-        sent, _ = lax.optimization_barrier((h, rest))
-        return layer(h, x, consts), jax.device_put(sent, jax.memory.Space.Host)
+    def body(carry: tuple[jax.Array, jax.Array], x: Any) -> tuple[Any, jax.Array]:
+        h, i = carry
+        return (layer(h, i, x, consts), i + 1), jax.device_put(h, jax.memory.Space.Host)
 
     # What the last layer reads is wanted first.
     before, last = jax.tree.map(lambda x: x[:-1], xs), jax.tree.map(lambda x: x[-1], xs)
-    h, inputs = lax.scan(body, h, before, unroll=unroll)
-    return layer(h, last, consts), (h, inputs, xs, consts, trained)
+    (h, i), inputs = lax.scan(body, (h, jnp.int32(0)), before, unroll=unroll)
+    return layer(h, i, last, consts), (h, inputs, xs, consts, trained)
 
 
 def _backward(
@@ -80,11 +82,11 @@ def _backward(
     own = [leaf for leaf, mine in zip(leaves, trained, strict=True) if mine]
     rest = [leaf for leaf, mine in zip(leaves, trained, strict=True) if not mine]
 
-    def differentiate(index: Any, dh: jax.Array, h: jax.Array, gradients: list[Any]) -> Any:
+    def differentiate(index: jax.Array, dh: jax.Array, h: jax.Array, gradients: list[Any]) -> Any:
         now, fixed = ([_at(stack, index) for stack in stacks] for stacks in (own, rest))
 
         def again(h: jax.Array, now: list[Any]) -> jax.Array:
-            return layer(h, _joined(tree, trained, now, fixed), consts)
+            return layer(h, index, _joined(tree, trained, now, fixed), consts)
 
         dh, by_now = jax.vjp(again, h, now)[1](dh)
         put = partial(lax.dynamic_update_index_in_dim, index=index, axis=0)
@@ -102,7 +104,7 @@ def _backward(
     carry: Any = (dh, h, [jnp.zeros_like(leaf) for leaf in own])
     if last:
         carry = lax.fori_loop(0, last, turn, carry, unroll=unroll)
-    dh, gradients = differentiate(0, *carry)
+    dh, gradients = differentiate(jnp.int32(0), *carry)
     return dh, _joined(tree, trained, gradients, [None] * len(rest)), None
 
 

@@ -1,22 +1,25 @@
 """A norm that is quantised in its own launch: the norm kernel's values, the quantiser's codes."""
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fabric_kernels import LowRank, TernaryWeight, pack, ternary_linear
+from fabric_kernels import LowRank, TernaryWeight, pack, ternary_linear, unpack
 from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.norm import Gate
 from fabric_kernels.norm.triton import How, norm
 from fabric_kernels.norm.triton_codes import forward
-from fabric_kernels.ternary_matmul import adapted_after, apply_prologue, normalises
+from fabric_kernels.ternary_matmul import adapted_after as adapted_after
+from fabric_kernels.ternary_matmul import apply_prologue, mosaic_gpu, normalises
 from fabric_kernels.ternary_matmul.prologue import Prologue
 from fabric_kernels.triton_call import Mode, on_platform
 
 EPS = 1e-5
+adapted: Any = import_module("fabric_kernels.ternary_matmul.adapted_after")
 SCALES = (0.031, 1.7)
 
 
@@ -76,10 +79,10 @@ def test_what_is_no_number_makes_its_row_visible() -> None:
 M, K, N = 2048, 512, 384
 
 
-def problem(gated: bool) -> tuple[Any, ...]:
+def problem(gated: bool, m: int = M, dtype: str = "bfloat16") -> tuple[Any, ...]:
     rng = np.random.default_rng(11)
-    x, gate = rows(M, K, "bfloat16", 3), rows(M, K, "bfloat16", 4)
-    gain = jnp.asarray(1 + 0.1 * rng.normal(size=K), jnp.bfloat16)
+    x, gate = rows(m, K, dtype, 3), rows(m, K, dtype, 4)
+    gain = jnp.asarray(1 + 0.1 * rng.normal(size=K), dtype)
     gated_by: Any = {"gate": gate, "activation": "silu"} if gated else {}
     prologue = Prologue(gain=gain, eps=EPS, **gated_by)
     weights, adapters = [], []
@@ -89,14 +92,51 @@ def problem(gated: bool) -> tuple[Any, ...]:
         weights.append(TernaryWeight(pack(codes, "ternary2"), scale, None, K, "ternary2"))
         a, b = (jnp.asarray(0.1 * rng.normal(size=(8, k)), jnp.float32) for k in (K, N))
         adapters.append(LowRank(a, b, 2.0))
-    gradients = [rows(M, N, "bfloat16", 5 + i) for i in range(2)]
-    return x, prologue, tuple(weights), tuple(adapters), gradients, rows(M, K, "bfloat16", 9)
+    gradients = [rows(m, N, dtype, 5 + i) for i in range(2)]
+    return x, prologue, tuple(weights), tuple(adapters), gradients, rows(m, K, dtype, 9)
 
 
 def test_a_named_implementation_or_few_tokens_go_step_by_step() -> None:
     x, prologue, weights, *_ = problem(gated=False)
     assert not normalises(x, prologue, weights, "mosaic_gpu")
     assert not normalises(x[:64], prologue, weights, None)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+def test_gradient_rule(gated: bool, beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the norm, adapters and what reads the input too; products with codes are xla's here."""
+
+    def product(x: jax.Array, weight: TernaryWeight, factor: jax.Array, *_: Any, **more: Any):
+        share, codes = more["share"], unpack(weight.packed, weight.k, "ternary2")
+        sums = x[: more["m"], : weight.k].astype(jnp.int32) @ codes.T.astype(jnp.int32)
+        y = sums.astype(jnp.float32) * factor[: more["m"], None]
+        assert share is None, "the epilogue is for bfloat16"
+        return y
+
+    monkeypatch.setattr(mosaic_gpu, "_product", product)
+    monkeypatch.setattr(adapted, "resolve", lambda *_: "triton")
+    x, prologue, weights, adapters, gradients, other = problem(gated, m=48, dtype="float32")
+    own = [*gradients, other] if beside else gradients
+
+    def fused(x: jax.Array, prologue: Prologue, adapters: Any) -> Any:
+        return adapted_after(x, prologue, weights, adapters, beside=beside)
+
+    def steps(x: jax.Array, prologue: Prologue, adapters: Any) -> Any:
+        values = apply_prologue(x, prologue, implementation="xla")
+        outputs = ternary_linear(values, weights, adapters, implementation="xla")
+        return (*outputs, x) if beside else outputs
+
+    def both(f: Any) -> Any:
+        outputs, pull = jax.vjp(f, x, prologue, adapters)
+        return outputs, pull(tuple(own))
+
+    (found, by_found), (expected, by_expected) = both(fused), both(steps)
+    # A code may differ where the norms' sums do.
+    for one, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, exact, rtol=0, atol=2e-2 * float(jnp.abs(exact).max()))
+    for one, exact in zip(*map(jax.tree.leaves, (by_found, by_expected)), strict=True):
+        np.testing.assert_allclose(one, exact, rtol=0, atol=2e-5 * float(jnp.abs(exact).max()))
 
 
 @pytest.mark.gpu

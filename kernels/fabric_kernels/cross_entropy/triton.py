@@ -31,7 +31,7 @@ def logits_gradient(
     *,
     mode: Mode,
 ) -> tuple[jax.Array, jax.Array]:
-    """As ``api.logits_gradient`` of ``count`` logits a row; a gradient of the dtype of the logits takes their place."""
+    """As ``api.logits_gradient``; a gradient of the dtype of the logits takes their place."""
     m, v = logits.shape
     block = min(BLOCK, 1 << (v - 1).bit_length())
 

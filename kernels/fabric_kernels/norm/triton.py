@@ -50,7 +50,7 @@ def norm(how: How, x: tuple[jax.Array, ...], gain: jax.Array) -> jax.Array:
     """
 
     def call(x: tuple[jax.Array, ...], gain: jax.Array, *, mode: Mode) -> jax.Array:
-        return kernels().forward(how, _rows(x), gain, mode=mode)
+        return kernels().forward(how, _rows(x), wide_gain(gain), mode=mode)
 
     return on_platform(call, x, gain).reshape(x[0].shape)
 
@@ -78,7 +78,7 @@ def gradients(
     x, gain = operands
 
     def call(x: Any, gain: jax.Array, *more: Any, mode: Mode) -> Any:
-        return kernels().backward(how, _rows(x), gain, *_rows(more), mode=mode)
+        return kernels().backward(how, _rows(x), wide_gain(gain), *_rows(more), mode=mode)
 
     found = on_platform(call, x, gain, dy, *(() if beside is None else (beside,)))
     # Of no use where the gain is frozen; the compiler then leaves it out.
@@ -112,6 +112,15 @@ def _normal(how: How, x: tuple[jax.Array, ...]) -> jax.Array:
         gate = x[0].astype(jnp.float32)
         product *= jax.nn.silu(gate) if how.activation == "silu" else jnp.square(jax.nn.relu(gate))
     return product * lax.rsqrt(jnp.mean(product * product, axis=-1, keepdims=True) + how.eps)
+
+
+def wide_gain(gain: jax.Array) -> jax.Array:
+    """In float32, as kernels use it.
+
+    XLA makes a slice of a stack of gains and its conversion one small kernel, which may run beside
+    others; the slice alone would be a copy, which waits for its turn on a stream of its own.
+    """
+    return gain.astype(jnp.float32)
 
 
 def _rows(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

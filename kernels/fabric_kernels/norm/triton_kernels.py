@@ -42,7 +42,7 @@ def backward(
     *,
     mode: Mode,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of :func:`forward` by its rows, of ``dy`` [M, n]; the first plus ``beside``."""
+    """The gradients of :func:`forward` by its rows, of ``dy`` [M, n]; the last plus ``beside``."""
 
     def kernel(x: tuple[Ref, ...], gain: Ref, dy: Ref, beside: Ref | None, *outputs: Ref) -> None:
         at, mask = columns_of(dy)
@@ -53,11 +53,13 @@ def backward(
         d_normal = _load(dy, at, mask) * _load(gain, at, mask, row=False)
         common = jnp.sum(normal * d_normal) / dy.shape[1]
         d_product = inverse * (d_normal - normal * common)
-        gradients = [d_product if beside is None else d_product + _load(beside, at, mask)]
+        gradients = [d_product]
         if how.activation is not None:
             gate, up = rows
             activated, slope = activation(how, gate)
             gradients = [d_product * up * slope, d_product * activated]
+        if beside is not None:
+            gradients[-1] = gradients[-1] + _load(beside, at, mask)
         for out, gradient in zip(outputs, gradients, strict=True):
             plgpu.store(out.at[pl.program_id(0), at], gradient.astype(out.dtype), mask=mask)
 

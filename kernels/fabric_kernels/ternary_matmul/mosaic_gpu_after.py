@@ -7,7 +7,7 @@ import jax
 from jax.experimental import pallas as pl
 
 from fabric_kernels.low_rank import LowRank
-from fabric_kernels.norm.triton import MOST_COLUMNS, How
+from fabric_kernels.norm.triton import MOST_COLUMNS, How, wide_gain
 from fabric_kernels.ternary_matmul.mosaic_gpu import codes_shape, of_quantized
 from fabric_kernels.ternary_matmul.prologue import Prologue
 from fabric_kernels.ternary_matmul.triton_group import MANY_TOKENS, narrow_of_all, small_adapters
@@ -47,7 +47,8 @@ def linear_with_adapters_after(
         how = How(prologue.activation, prologue.eps)
         return kernel_module(KERNELS).forward(how, flat, gain, scales, shape, mode=mode)
 
-    rows, codes, factors = on_platform(call, flat, prologue.gain, scales)
+    assert prologue.gain is not None, "takes has said so"
+    rows, codes, factors = on_platform(call, flat, wide_gain(prologue.gain), scales)
     narrow = narrow_of_all(rows, [one for one in small_adapters(own) if one is not None])
     quantized = (codes, factors, narrow)
     outputs, kept = of_quantized(rows, quantized, weights, own, rows.dtype, interpret=interpret)

@@ -9,6 +9,7 @@ sums are float32 and a result is rounded once.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -228,7 +229,10 @@ def narrow_gradients(
         module = group_kernels()[1]
         return module.over_outputs(gradients, matrices, small, 0, None, tile, **options)[1]
 
-    return on_platform(call, tuple(gradients), weights, adapters)
+    # Cast here, a layer's slice of a stack of adapters is no copy of its own.
+    dtype = gradients[0].dtype
+    own = tuple(None if one is None else replace(one, b=one.b.astype(dtype)) for one in adapters)
+    return on_platform(call, tuple(gradients), weights, own)
 
 
 def adapter_gradients(
