@@ -275,7 +275,6 @@ class Decoder(nnx.Module):
         adapter, base = (nnx.to_pure_dict(state) for state in states)
         packed, base = split_packed(base, self.frozen_linears)
         stacked = base
-
         h = self.embed(tokens)
         if self.remat == "offload" and cache is None:
             consts = (packed, positions, views, dropout_key, strength)
@@ -297,21 +296,24 @@ class Decoder(nnx.Module):
             context = self._context(index, cache, dropout_key, adapter_ids, strength)
             return self._layer(block, h, context, positions, views, cache), None
 
+        scanned = self._recomputed(body)
+        (h, cache), _ = lax.scan(scanned, (h, cache), layers, unroll=self.unroll)
+        return self.final_norm(h), cache
+
+    def _recomputed(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """The body of a scan over layers, whose backward pass keeps what ``remat`` says."""
+        keep = jax.checkpoint_policies.save_only_these_names
         # A loop keeps XLA from taking what is recomputed for what is there already.
         recomputed = partial(jax.checkpoint, prevent_cse=self.unroll)
         match self.remat:
             case "none" | "offload":
-                pass
+                return body
             case "linears":
-                keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT, NARROW_PRODUCT)
-                body = recomputed(body, policy=keep)
+                return recomputed(body, policy=keep(LINEAR_OUTPUT, NARROW_PRODUCT))
             case "int8-residuals":
-                keep = jax.checkpoint_policies.save_only_these_names(INT8_RESIDUAL, NARROW_PRODUCT)
-                body = recomputed(body, policy=keep)
+                return recomputed(body, policy=keep(INT8_RESIDUAL, NARROW_PRODUCT))
             case "layer":
-                body = recomputed(body)
-        (h, cache), _ = lax.scan(body, (h, cache), layers, unroll=self.unroll)
-        return self.final_norm(h), cache
+                return recomputed(body)
 
     def _layer_of(
         self,

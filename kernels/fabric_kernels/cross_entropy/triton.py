@@ -55,23 +55,21 @@ def logits_gradient(
         def store(i: jax.Array, _: None) -> None:
             z, at = part(i)
             inside = None if v % block == 0 else at < v
-            hit = jnp.where(at == target, 1.0, 0.0)
-            value = ((jnp.exp(z - largest) * share - hit) * weight).astype(dtype)
-            plgpu.store(gradient.at[token, pl.ds(i * block, block)], value, mask=inside)
+            value = (jnp.exp(z - largest) * share - jnp.where(at == target, 1.0, 0.0)) * weight
+            place = gradient.at[token, pl.ds(i * block, block)]
+            plgpu.store(place, value.astype(dtype), mask=inside)
 
         lax.fori_loop(0, pl.cdiv(v, block), store, None)
 
-    shapes = [jax.ShapeDtypeStruct((m,), jnp.float32), jax.ShapeDtypeStruct((m, v), dtype)]
-    call = pl.pallas_call(
+    losses, gradient = pl.pallas_call(
         kernel,
-        out_shape=shapes,
+        out_shape=[jax.ShapeDtypeStruct((m,), jnp.float32), jax.ShapeDtypeStruct((m, v), dtype)],
         grid=(m,),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
         input_output_aliases={0: 1} if logits.dtype == dtype else {},
         interpret=mode == "interpret",
         name="logits_gradient",
-    )
-    losses, gradient = call(logits, targets, weights)
+    )(logits, targets, weights)
     return losses, gradient
 
 
