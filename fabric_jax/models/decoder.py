@@ -211,7 +211,9 @@ class Decoder(nnx.Module):
         which each row has its own.
         """
         views = cache_views(self.config, positions, slots or cache.capacity)
-        whole = layer_stacks(self.layers, self.config, cache, tokens.shape, self.whole_step)
+        whole = layer_stacks(
+            *(self.layers, self.config, cache, tokens.shape, self.whole_step), self.dtype
+        )
         if whole is not None:
             stacks, implementation = whole
             h, cache = decode_layers(

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, cast, get_args
 
 import jax.numpy as jnp
 from fabric_kernels import Prologue
-from fabric_kernels.decoding import Implementation, LayerStacks, picks_itself, why_not
+from fabric_kernels.decoding import Implementation, LayerStacks, fastest, picks_itself, why_not
 from fabric_kernels.ternary_matmul import resolve, select_implementation
+from jax.typing import DTypeLike
 
 from fabric_jax.errors import FabricError
 from fabric_jax.layers.bit_linear import BitLinear, takes_prologue
@@ -22,6 +23,7 @@ def layer_stacks(
     cache: KVCache,
     shape: tuple[int, ...],
     wanted: bool | None,
+    dtype: DTypeLike,
 ) -> tuple[LayerStacks, Implementation] | None:
     """The layers for ``decode_layers`` and what runs them; None where they go one by one.
 
@@ -31,10 +33,11 @@ def layer_stacks(
         cache: of that many rows.
         shape: of the tokens [B, T]; more than one of a row always go layer by layer.
         wanted: ``DecoderOptions.whole_step``.
+        dtype: of the residual stream.
 
     Raises:
-        FabricError: it is wanted and not for such layers: neither Triton's kernels nor the CPU's
-            would run every product, or the layers are not Llama's or BitNet's (norms of heads or of
+        FabricError: it is wanted and not for such layers: no GPU's kernels nor the CPU's would run
+            every product, or the layers are not Llama's or BitNet's (norms of heads or of
             what is added, windows).
     """
     rows, length = shape
@@ -50,14 +53,16 @@ def layer_stacks(
             if wanted is None and not picks_itself(rows, chosen):
                 return None
             stacks = _stacks(layers, config)
-            reason = why_not(stacks, cache, rows, chosen)
+            if chosen == "triton" and _is_free(layers):
+                chosen = fastest(stacks, cache, rows, dtype)
+            reason = why_not(stacks, cache, rows, chosen, dtype)
             if reason is None:
                 return stacks, chosen
     if wanted is None:
         return None
     raise FabricError(
         "a step of decoding can't go through all layers in one launch here",
-        expected="Triton's kernels or the CPU's, layers as Llama's or BitNet's, no adapters",
+        expected="kernels of a GPU or of the CPU, layers as Llama's or BitNet's, no adapters",
         found=reason,
         fix="leave whole_step out",
     )
@@ -98,6 +103,11 @@ def _why_not(layers: "Block", config: ModelConfig, rows: int) -> str | None:
     if options.sides is not None or not takes_prologue(linears, empty, None, Prologue()):
         return "other weights than packed ones alone, or another quantiser"
     return None
+
+
+def _is_free(layers: "Block") -> bool:
+    """Whether nobody has named what runs the products."""
+    return select_implementation(_linears(layers)[0].options.implementation) == "tuned"
 
 
 def _implementation(layers: "Block", rows: int) -> str:
