@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from fabric_kernels import BlockTable, Packing, table_matmul
 from fabric_kernels.attention import Angles, cached_attention
 from fabric_kernels.decoding import decode_layers
@@ -297,9 +298,11 @@ class Decoder(nnx.Module):
             case "layer":
                 body = recomputed(body)
         h = self.embed(tokens)
-        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        # On a GPU a step of decoding is then one graph of kernels, in which layers are constants.
+        is_step = cache is not None and tokens.shape[1] == 1 and jax.default_backend() == "gpu"
+        indices = jnp.asarray(np.arange(self.config.num_layers, dtype=np.int32))
         layers = (indices, (adapter, base))
-        (h, cache), _ = lax.scan(body, (h, cache), layers, unroll=self.unroll)
+        (h, cache), _ = lax.scan(body, (h, cache), layers, unroll=self.unroll or is_step)
         return self.final_norm(h), cache
 
     def layer_function(

@@ -33,6 +33,11 @@ def group_kernels() -> tuple[ModuleType, ModuleType]:
     return _module("triton_quantize"), _module("triton_gradients")
 
 
+def batch_kernels() -> ModuleType:
+    """Those for tens of tokens; as ``kernel_module``."""
+    return _module("triton_batch")
+
+
 def _module(name: str) -> ModuleType:
     return kernel_module(f"fabric_kernels.ternary_matmul.{name}", "xla or mosaic_gpu")
 
@@ -95,6 +100,21 @@ def product_tile(m: int, n: int, width: int, dtype: jnp.dtype) -> "Tile":
     return tile(
         m=tokens, n=64, w=min(2 * w, power(width, 32)), warps=4, stages=min(4, 64 // tokens + 1)
     )
+
+
+def batch_tile(m: int, outputs: list[int], width: int) -> "Tile":
+    """Of a product over K of tens of tokens, all of them in a program.
+
+    The highest of which there are enough: of few rows of weights there is little to wait for, but
+    every program reads all tokens.
+    """
+    tokens = power(m, 16)
+    rows = next(
+        (n for n in (64, 32) if sum(-(-each // n) for each in outputs) >= MULTIPROCESSORS * 2 // 3),
+        16,
+    )
+    w = min(128, power(width, 32))
+    return kernels()[0].Tile(m=tokens, n=rows, w=w, warps=4, stages=4)
 
 
 def transposed_tile(m: int, width: int, dtype: jnp.dtype) -> "Tile":
