@@ -31,7 +31,7 @@ class Tile:
     n: int = 64
     k: int = 128
     warps: int = 4
-    stages: int = 4
+    stages: int = 1
 
 
 def product(x: jax.Array, table: jax.Array, tile: Tile, *, mode: Mode) -> jax.Array:
