@@ -242,16 +242,21 @@ def _taken(
     if seen is not None:
         seen = seen.at[rows, token].set(True)
     if log_probs is not None:
-        log_probs = log_probs.at[:, state.step].set(token_log_probs(logits, token))
+        log_probs = _with_column(log_probs, state.step, token_log_probs(logits, token))
     stopped = jnp.any(token[:, None] == stops[None, :], axis=1)
     return replace(
         state,
         lengths=state.lengths + 1,
         last=token,
-        generated=state.generated.at[:, state.step].set(token),
+        generated=_with_column(state.generated, state.step, token),
         counts=jnp.where(state.done, state.counts, state.step + 1),
         done=state.done | stopped,
         step=state.step + 1,
         log_probs=log_probs,
         seen=seen,
     )
+
+
+def _with_column(array: jax.Array, index: jax.Array, column: jax.Array) -> jax.Array:
+    """[B, S] with one of its columns replaced; one kernel, where an index is checked in another."""
+    return lax.dynamic_update_slice_in_dim(array, column[:, None], index, 1)
