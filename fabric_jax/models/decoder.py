@@ -300,7 +300,7 @@ class Decoder(nnx.Module):
         h = self.embed(tokens)
         unroll = self.unroll
         if cache is not None:
-            unroll |= writes_layers_out(self.layers, tokens.shape, adapter_ids is None)
+            unroll |= writes_layers_out(self.layers, tokens.shape)
         # Constants where the layers are written out, which cost no kernel.
         indices = jnp.asarray(np.arange(self.config.num_layers, dtype=np.int32))
         (h, cache), _ = lax.scan(body, (h, cache), (indices, (adapter, base)), unroll=unroll)

@@ -64,23 +64,24 @@ def layer_stacks(
     )
 
 
-def writes_layers_out(layers: "Block", shape: tuple[int, ...], one_adapter: bool) -> bool:
+def writes_layers_out(layers: "Block", shape: tuple[int, ...]) -> bool:
     """Whether a step of decoding is to have its layers one after another instead of a loop.
 
-    On a GPU all of its kernels are one graph then, where a loop launches one for each turn. XLA
-    moves what is the same in every step out of the loop over steps, such as a slice of a stack: so
-    this is for kernels that read stacks where they lie, and for rows that share an adapter.
+    On a GPU all of its kernels are one graph then, where a loop launches one for each turn. This is
+    for kernels that read stacks where they lie: a slice of anything else would be a kernel of its
+    own, or be moved out of the loop over steps, all layers at once.
 
     Args:
         layers: with stacks as parameters.
         shape: of the tokens [B, T]; more than one of a row are no step.
-        one_adapter: whether all rows have the same one, or none.
     """
     rows, length = shape
     linears = _linears(layers)
-    if length > 1 or not one_adapter or jax.default_backend() != "gpu":
+    if length > 1 or jax.default_backend() != "gpu":
         return False
     if any(linear.options.mode != "packed" or linear.cut != Cut() for linear in linears):
+        return False
+    if any(linear.lora is not None for linear in linears):
         return False
     # Of stacks that 32 bits don't count, the layer is taken out.
     small = all(linear.weight[...].size < 1 << 31 for linear in linears)

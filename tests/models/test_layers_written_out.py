@@ -35,25 +35,23 @@ def test_equals_the_loop(rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "one_adapter", "options", "expected"),
+    ("shape", "options", "expected"),
     [
-        ((8, 1), True, {}, True),
-        ((8, 1), True, {"lora": LoraConfig(rank=2)}, True),
-        ((8, 2), True, {}, False),
-        ((8, 1), False, {}, False),
-        ((8, 1), True, {"implementation": "xla"}, False),
-        ((8, 1), True, {"mode": "master"}, False),
-        ((8, 1), True, {"mode": "float"}, False),
+        ((8, 1), {}, True),
+        ((8, 2), {}, False),
+        ((8, 1), {"lora": LoraConfig(rank=2)}, False),
+        ((8, 1), {"implementation": "xla"}, False),
+        ((8, 1), {"mode": "master"}, False),
+        ((8, 1), {"mode": "float"}, False),
     ],
 )
 def test_is_for_kernels_that_read_stacks(
     shape: tuple[int, int],
-    one_adapter: bool,
     options: dict[str, Any],
     expected: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """XLA would take slices of anything else out of the loop over steps, all layers at once."""
+    """Of anything else a layer would be cut out for every step, or all of them before."""
     given: dict[str, Any] = {"implementation": "triton", **options}
     definition = define_decoder(TINY, DecoderOptions(**given))
     trees = [nnx.to_pure_dict(state) for state in (definition.base, definition.adapter)]
@@ -61,7 +59,7 @@ def test_is_for_kernels_that_read_stacks(
 
     def run(base: Any, adapter: Any) -> jax.Array:
         layers = definition.bind(base, adapter).layers
-        found.append(writes_layers_out(layers, shape, one_adapter))
+        found.append(writes_layers_out(layers, shape))
         return jnp.zeros(())
 
     jax.eval_shape(run, *trees)
