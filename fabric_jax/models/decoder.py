@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from fabric_kernels import BlockTable, Packing, table_matmul
 from fabric_kernels.attention import Angles, cached_attention
 from fabric_kernels.decoding import decode_layers
@@ -40,7 +41,7 @@ from fabric_jax.layers.table import declare_table, table_rows, table_value
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder_options import DecoderOptions as DecoderOptions
 from fabric_jax.models.decoder_options import Remat as Remat
-from fabric_jax.models.decoding import layer_stacks
+from fabric_jax.models.decoding import layer_stacks, writes_layers_out
 from fabric_jax.models.stacks import join_trees, split_packed
 from fabric_jax.models.views import Views, cache_views, row_views
 from fabric_jax.parallel.mesh import MeshShape
@@ -299,9 +300,12 @@ class Decoder(nnx.Module):
             case "layer":
                 body = recomputed(body)
         h = self.embed(tokens)
-        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        layers = (indices, (adapter, base))
-        (h, cache), _ = lax.scan(body, (h, cache), layers, unroll=self.unroll)
+        unroll = self.unroll
+        if cache is not None:
+            unroll |= writes_layers_out(self.layers, tokens.shape)
+        # Constants where the layers are written out, which cost no kernel.
+        indices = jnp.asarray(np.arange(self.config.num_layers, dtype=np.int32))
+        (h, cache), _ = lax.scan(body, (h, cache), (indices, (adapter, base)), unroll=unroll)
         return self.final_norm(h), cache
 
     def layer_function(
