@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from fabric_kernels import BlockTable, Packing, table_matmul
 from fabric_kernels.attention import Angles, cached_attention
 from fabric_kernels.decoding import decode_layers
@@ -40,7 +41,7 @@ from fabric_jax.layers.table import declare_table, table_rows, table_value
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder_options import DecoderOptions as DecoderOptions
 from fabric_jax.models.decoder_options import Remat as Remat
-from fabric_jax.models.decoding import layer_stacks
+from fabric_jax.models.decoding import layer_stacks, writes_layers_out
 from fabric_jax.models.offload import scan_offloaded
 from fabric_jax.models.stacks import join_trees, split_packed
 from fabric_jax.models.views import Views, cache_views, row_views
@@ -283,8 +284,6 @@ class Decoder(nnx.Module):
             layer = partial(self._layer_of, graphdef)
             h = scan_offloaded(layer, h, (adapter, base), consts, unroll=self.unroll)
             return self.final_norm(h), None
-        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        layers = (indices, (adapter, base))
 
         def body(
             carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, tuple[Any, ...]]
@@ -298,8 +297,13 @@ class Decoder(nnx.Module):
             context = self._context(index, cache, dropout_key, adapter_ids, strength)
             return self._layer(block, h, context, positions, views, cache), None
 
-        scanned = self._recomputed(body)
-        (h, cache), _ = lax.scan(scanned, (h, cache), layers, unroll=self.unroll)
+        unroll = self.unroll
+        if cache is not None:
+            unroll |= writes_layers_out(self.layers, tokens.shape)
+        # Constants where the layers are written out, which cost no kernel.
+        indices = jnp.asarray(np.arange(self.config.num_layers, dtype=np.int32))
+        layers = (indices, (adapter, base))
+        (h, cache), _ = lax.scan(self._recomputed(body), (h, cache), layers, unroll=unroll)
         return self.final_norm(h), cache
 
     def _recomputed(self, body: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, cast, get_args
 
+import jax
 import jax.numpy as jnp
 from fabric_kernels import Prologue
 from fabric_kernels.decoding import Implementation, LayerStacks, fastest, picks_itself, why_not
@@ -12,6 +13,7 @@ from fabric_jax.errors import FabricError
 from fabric_jax.layers.bit_linear import BitLinear, takes_prologue
 from fabric_jax.layers.kv_cache import KVCache
 from fabric_jax.models.config import ModelConfig
+from fabric_jax.parallel.axes import Cut
 
 if TYPE_CHECKING:
     from fabric_jax.models.decoder import Block
@@ -66,6 +68,30 @@ def layer_stacks(
         found=reason,
         fix="leave whole_step out",
     )
+
+
+def writes_layers_out(layers: "Block", shape: tuple[int, ...]) -> bool:
+    """Whether a step of decoding is to have its layers one after another instead of a loop.
+
+    On a GPU all of its kernels are one graph then, where a loop launches one for each turn. This is
+    for kernels that read stacks where they lie: a slice of anything else would be a kernel of its
+    own, or be moved out of the loop over steps, all layers at once.
+
+    Args:
+        layers: with stacks as parameters.
+        shape: of the tokens [B, T]; more than one of a row are no step.
+    """
+    rows, length = shape
+    linears = _linears(layers)
+    if length > 1 or jax.default_backend() != "gpu":
+        return False
+    if any(linear.options.mode != "packed" or linear.cut != Cut() for linear in linears):
+        return False
+    if any(linear.lora is not None for linear in linears):
+        return False
+    # Of stacks that 32 bits don't count, the layer is taken out.
+    small = all(linear.weight[...].size < 1 << 31 for linear in linears)
+    return small and _implementation(layers, rows) == "triton"
 
 
 def _stacks(layers: "Block", config: ModelConfig) -> LayerStacks:

@@ -19,7 +19,7 @@ from tests.kernels.simt.effects import EFFECTS, Barrier
 from tests.kernels.simt.ptx import Line, Names, parsed, parts
 
 Step = Generator[None]
-PATIENCE = 20_000
+PATIENCE = 3
 """Rounds in which nothing but waiting happens before a launch counts as stuck."""
 
 
@@ -55,27 +55,32 @@ class Machine:
             for block in blocks
             for number in range(threads // LANES)
         ]
+        # What a warp waits for comes with a change.
+        seen = [-1] * len(warps)
         waited = 0
         while warps:
             before = self.changes
-            kept: list[Step] = []
+            ended: list[int] = []
             for i in self.random.permutation(len(warps)):
+                if seen[i] == self.changes:
+                    continue
+                seen[i] = self.changes
                 try:
                     next(warps[i])
                 except StopIteration:
                     self.changes += 1
-                    continue
-                kept.append(warps[i])
-            warps = kept
+                    ended.append(i)
+            for i in sorted(ended, reverse=True):
+                del warps[i], seen[i]
             self._happen()
-            waited = 0 if self.changes > before else waited + 1
+            waited = 0 if self.changes > before or self.later else waited + 1
             assert waited < PATIENCE, f"{len(warps)} warps wait for ever"
         while self.later:
             self._happen()
 
     def _happen(self) -> None:
         """Some of what is on its way arrives, in any order."""
-        if self.later:
+        for _ in range(int(self.random.integers(len(self.later) + 1)) if self.later else 0):
             i = int(self.random.integers(len(self.later)))
             self.later.pop(i)()
             self.changes += 1
