@@ -126,7 +126,8 @@ def _why_not(layers: "Block", config: ModelConfig, rows: int) -> str | None:
         return "another gate"
     if layers.attention_norm.offset:
         return "norms with an offset"
-    if options.sides is not None or not takes_prologue(linears, empty, None, Prologue()):
+    plain = options.sides is None and all(linear.lora is None for linear in linears)
+    if not plain or not takes_prologue(linears, empty, None, Prologue()):
         return "other weights than packed ones alone, or another quantiser"
     return None
 
