@@ -16,7 +16,8 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_parallel_codegen_split_count=1"
     # Later versions end the process over this one, which they don't know.
-    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+    + " --xla_cpu_use_fusion_emitters=false"
+    * version("jaxlib").startswith("0.10."),
 )
 
 import jax
