@@ -239,13 +239,13 @@ def test_patterns_of_peft_give_its_logits_here_and_back_there(tmp_path, oracle, 
     assert dict(lora.ranks) == {"q": 5, "k": 5}
     assert differing_layers(tmp_path / "a") == ["q", "k", "gate", "up", "down"]
     adapter = load_adapter(tmp_path / "a", define(lora))
-    np.testing.assert_allclose(logits(define(lora), adapter), expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(logits(define(lora), adapter), expected, rtol=0, atol=5e-5)
     save_adapter(tmp_path / "b", define(lora), adapter, "org/small")
     plain = hf_oracle.load_model(PROBLEM, tmp_path / "base")
     base = hf_oracle.run(plain, PROBLEM.tokens)["logits"]
     again = peft.PeftModel.from_pretrained(plain, tmp_path / "b").eval()
     found = hf_oracle.run(again, PROBLEM.tokens)["logits"]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
     assert np.abs(expected - base).max() > 0.1
 
 
@@ -261,7 +261,7 @@ def test_own_ranks_trained_here_give_the_same_logits_in_peft(tmp_path, oracle):
     model = hf_oracle.load_model(PROBLEM, tmp_path / "base")
     model = peft.PeftModel.from_pretrained(model, tmp_path / "a").eval()
     found = hf_oracle.run(model, PROBLEM.tokens)["logits"]
-    np.testing.assert_allclose(logits(definition, adapter), found, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(logits(definition, adapter), found, rtol=0, atol=5e-5)
 
 
 @pytest.mark.oracle

@@ -115,6 +115,18 @@ def activation_codes(problem: Problem, *, adapted: bool = False) -> dict[str, np
     return codes
 
 
+def near_boundary(x: np.ndarray, distance: float) -> np.ndarray:
+    """Whether an activation [..., K] of a token is so near to where its code changes, bool [...].
+
+    Args:
+        x: inputs of a linear.
+        distance: in codes.
+    """
+    values = np.asarray(x, np.float64)
+    values *= 127 / np.maximum(np.abs(values).max(axis=-1, keepdims=True), 1e-5)
+    return np.any(np.abs(values - np.floor(values) - 0.5) < distance, axis=-1)
+
+
 def untouched_tokens(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
 ) -> np.ndarray:

@@ -30,13 +30,30 @@ def _oracles(oracle: Oracle) -> None:
     oracle("torch", "transformers", "accelerate", "peft")
 
 
+NEAR = 1e-4
+"""Of a code's rounding boundary, in codes: an ulp of the largest activation, and of a norm."""
+APART = 1e-3
+"""Logits that a code has moved, where what is not exact moves them by 1e-5."""
+
+
 def comparable(problem: Problem, model: Any, *, adapted: bool = False) -> np.ndarray:
-    """Tokens on whose codes, and on those of all tokens before, both sides agree."""
+    """Tokens on whose codes, and on those of all tokens before, both sides agree.
+
+    Our codes are of a run layer by layer. In a run of the whole another one may move, on machines
+    that sum in another order: a token whose logits are far apart is left out, with those after it,
+    if an activation of it is near a boundary.
+    """
     if problem.storage == "float":
         return np.ones(problem.tokens.shape, bool)
     inputs = hf_oracle.recorded_inputs(model, problem.tokens)
-    theirs = {name: hf_oracle.codes(x) for name, x in inputs.items() if name.endswith("_proj")}
+    inputs = {name: x for name, x in inputs.items() if name.endswith("_proj")}
+    theirs = {name: hf_oracle.codes(x) for name, x in inputs.items()}
     keep = running.untouched_tokens(running.activation_codes(problem, adapted=adapted), theirs)
+    found = np.asarray(running.logits(problem, adapted=adapted))
+    expected = hf_oracle.run(model, problem.tokens)["logits"]
+    near = np.any([running.near_boundary(x, NEAR) for x in inputs.values()], axis=0)
+    moved = near & (np.abs(found - expected).max(axis=-1) > APART)
+    keep &= ~np.logical_or.accumulate(moved, axis=1)
     assert keep.mean() > 0.4
     return keep
 
@@ -49,9 +66,9 @@ def gradients_of(result: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_logits_op_by_op(name: str, tmp_path: Path) -> None:
     problem = make_problem(name, LIVE)
     model = hf_oracle.load_model(problem, tmp_path)
-    keep = comparable(problem, model)
     expected = hf_oracle.run(model, problem.tokens)["logits"]
     found = np.asarray(running.logits(problem))
+    keep = comparable(problem, model)
     assert expected.std() > 3
     # Without quantisers activations are larger: even numpy and torch differ by 5e-4 there.
     bound = 5e-4 if name == "llama-float" else 2e-5
