@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -29,6 +30,8 @@ from fabric_kernels.ternary_matmul.triton_kernels import (
 )
 from fabric_kernels.triton_call import Mode
 from fabric_kernels.triton_exact import round_product, scalar_reciprocal
+
+_EPSILON_BITS = int(np.float32(EPSILON).view(np.int32))
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,9 @@ def quantize(
         mode: what runs it; not ``rocm``, where nothing rounds as exactly.
 
     Returns:
-        Codes int8 in ``layout``; their sums int32 [rows]; for each matrix what multiplies a token
-        of its product, float32 [rows]; and the narrow products side by side, [M, sum of padded
-        ranks] in x's dtype, zeros between them.
+        Codes int8 in ``layout``; their sums int32 [rows], where the layout has a packing; for each
+        matrix what multiplies a token of its product, float32 [rows]; and the narrow products side
+        by side, [M, sum of padded ranks] in x's dtype, zeros between them.
     """
     m = x.shape[0]
     blocks = pl.cdiv(m, tile.m)
@@ -140,7 +143,7 @@ def quantize(
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
         grid=(blocks * (tile.m + many),),
         compiler_params=plgpu.CompilerParams(
-            num_warps=4 if block <= 4096 else 8, num_stages=tile.stages
+            num_warps=_warps(block), num_stages=tile.stages
         ),
         interpret=mode == "interpret",
         name="ternary_quantize_group",
@@ -168,6 +171,11 @@ def narrow_product(
     out.store(lax.fori_loop(0, pl.cdiv(x.shape[1], tile.k), step, zero) * scale, row)
 
 
+def _warps(block: int) -> int:
+    """Of a program, whose row is a block of so many codes."""
+    return 4 if block <= 4096 else 8
+
+
 def _quantize_row(
     x: Ref,
     scales: Sequence[tuple[Ref, Ref]],
@@ -184,12 +192,15 @@ def _quantize_row(
     inside = None if k == block else at < k
     other = None if k == block else jnp.zeros((), x.dtype)
     row = plgpu.load(x.at[token, at], mask=inside, other=other).astype(jnp.float32)
-    largest = jnp.maximum(jnp.max(jnp.abs(row)), EPSILON)
-    scale = scalar_reciprocal(largest, mode) * 127.0
+    # Bits of magnitudes are ordered as these are, and what is not a number is above them all, where
+    # a maximum of floats would leave it out.
+    bits = lax.bitcast_convert_type(jnp.abs(row), jnp.int32)
+    most = jnp.maximum(jnp.max(bits), _EPSILON_BITS)
+    scale = scalar_reciprocal(lax.bitcast_convert_type(most, jnp.float32), mode) * 127.0
     values = jnp.clip(round_product(row, scale, mode), -128, 127)
-    sums[token] = jnp.sum(values)
-    # The largest of a row leaves out what is not a number: it becomes visible here.
-    factor = scalar_reciprocal(scale, mode) + jnp.sum(row * 0.0)
+    if layout.packing is not None:
+        sums[token] = jnp.sum(values)
+    factor = scalar_reciprocal(scale, mode)
     for out, (of_matrix, layer) in zip(factors, scales, strict=True):
         out[token] = factor * scale_at(of_matrix, layer[0])
     mask = None if layout.written == block else at < layout.written

@@ -1,0 +1,333 @@
+"""The kernel of ``mosaic_gpu``: ``y^T[N, M] = codes[N, K] · x[M, K]^T`` by tiles of the output.
+
+One warpgroup of a block copies, for all its tiles in turn; two unpack and multiply, each its own
+outputs. While the products of a step run, the next step is unpacked: registers of an operand may
+not be written before its product is done, so steps take turns at two sets of them.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
+from fabric_kernels.ternary_matmul import mosaic_gpu_cluster, mosaic_gpu_share
+from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import (
+    COMPUTE_REGISTERS,
+    MEMORY_REGISTERS,
+    WARPGROUPS,
+    Blocks,
+    Pipeline,
+    barriers,
+    transforms,
+)
+from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands
+from fabric_kernels.ternary_matmul.mosaic_gpu_tiles import PIECE_BYTES, SLOTS, SWIZZLE, Tiles
+from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_codes
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a kernel is made for.
+
+    Attributes:
+        tiles: how it is cut up.
+        blocks: which of them a block has.
+        steps: of a tile in a block.
+        stages: of them in shared memory.
+        scaled: whether sums are multiplied by a factor.
+        share: the first column of narrow products that are added with B, or None.
+        interpret: whether interpret mode runs it.
+    """
+
+    tiles: Tiles
+    blocks: Blocks
+    steps: int
+    stages: int
+    scaled: bool
+    share: int | None
+    interpret: bool
+
+
+def make_call(
+    tiles: Tiles,
+    shape: tuple[int, int],
+    width: int,
+    dtype: jnp.dtype,
+    extra: tuple[bool, int | None],
+    interpret: Any,
+) -> Callable[..., jax.Array]:
+    """The kernel as a function of layer, stack, activations and what is ``extra``.
+
+    These are factors, and narrow products, from one of their columns on, with B.
+
+    Args:
+        tiles: sizes.
+        shape: of the output, [M, N].
+        width: packed bytes of a row.
+        dtype: of the output.
+        extra: whether there are factors, and the first column of a share.
+        interpret: parameters of interpret mode.
+    """
+    own = WARPGROUPS, tiles.stored, tiles.outputs
+    other = 0 if extra[1] is None else mosaic_gpu_share.scratch_bytes(*own)
+    stages = tiles.stages(dtype.itemsize, other)
+    blocks = Blocks(shape, tiles.tokens, tiles.width, tiles.parts)
+    product = Product(tiles, blocks, tiles.steps(width), stages, *extra, bool(interpret))
+    rows = transforms(SWIZZLE, 1)
+    scratch: list[Any] = [
+        plgpu.SMEM(
+            (stages, tiles.width, tiles.bytes), jnp.uint8, transforms=transforms(tiles.bytes, 1)
+        ),
+        plgpu.SMEM((stages, tiles.tokens, tiles.codes), jnp.int8, transforms=rows),
+        *barriers(stages),
+        plgpu.SMEM(
+            (WARPGROUPS, SLOTS, tiles.store, tiles.outputs),
+            dtype,
+            transforms=transforms(SWIZZLE, dtype.itemsize),
+        ),
+    ]
+    if extra[1] is not None:
+        scratch += mosaic_gpu_share.scratch(*own)
+    if tiles.parts > 1:
+        sizes = tiles.parts, tiles.outputs, tiles.tokens
+        scratch.append(mosaic_gpu_cluster.scratch(*sizes, jnp.int32))
+    options: dict[str, Any] = {}
+    if interpret:
+        options["interpret"] = interpret
+        for operand in ((tiles.outputs, SWIZZLE), (SWIZZLE, tiles.tokens)):
+            scratch.append(plgpu.SMEM((WARPGROUPS, *operand), jnp.int8))
+    else:
+        semantics = plgpu.LoweringSemantics.Warpgroup
+        options["compiler_params"] = plgpu.CompilerParams(lowering_semantics=semantics)
+    return plgpu.kernel(
+        partial(_kernel, product),
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        scratch_types=scratch,
+        **product.blocks.grid,
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a warpgroup that computes reads and writes, but for the pipeline.
+
+    Attributes:
+        out: of the output, in device memory.
+        out_smem: stores under way, [warpgroups, slots, tokens, outputs].
+        factors: none or one array of a factor for each token.
+        share: the operands of a share, or None.
+        received: none or one array of what other blocks of the cluster send.
+        stand_ins: operands of products in interpret mode, otherwise none.
+    """
+
+    out: Any
+    out_smem: Any
+    factors: Sequence[Any]
+    share: Operands | None
+    received: Sequence[Any]
+    stand_ins: Sequence[Any]
+
+
+def _kernel(product: Product, *refs: Any) -> None:
+    """Every block: its tiles of the output in turn, copied for by one warpgroup."""
+    tiles, shared, rest = product.tiles, product.share is not None, list(refs)
+
+    def take(count: int) -> list[Any]:
+        found = rest[:count]
+        del rest[:count]
+        return found
+
+    layer_ref, packed_ref, x_ref = take(3)
+    factors, arrays, (out_ref,) = take(product.scaled), take(2 * shared), take(1)
+    pipeline = Pipeline(*take(4), product.stages)
+    (out_smem,) = take(1)
+    warpgroup = lax.axis_index("warpgroup")
+    share = None
+    if product.share is not None:
+        places = [ref.at[warpgroup] for ref in take(3)]
+        share = Operands(*arrays, *places, start=product.share)
+    received = take(tiles.parts > 1)
+    memory = Memory(out_ref, out_smem, factors, share, received, rest)
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _() -> None:
+        if not product.interpret:
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        product.blocks.each(product.steps, partial(_multiply, product, pipeline, memory))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _() -> None:
+        if not product.interpret:
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        own = packed_ref.at[layer_ref[0]]
+        product.blocks.each(product.steps, partial(_copy, product, pipeline, own, x_ref))
+        if tiles.parts > 1:
+            mosaic_gpu_cluster.take_part()
+
+
+def _copy(
+    product: Product,
+    pipeline: Pipeline,
+    packed: Any,
+    x: Any,
+    count: jax.Array,
+    token: jax.Array,
+    column: jax.Array,
+) -> None:
+    """The steps of a tile to shared memory, as places get free."""
+    tiles = product.tiles
+    first = product.blocks.part * product.steps
+
+    def step(i: jax.Array, _: None) -> None:
+        at = first + i
+        pipeline.fill(
+            count + i,
+            packed.at[pl.ds(column * tiles.width, tiles.width), pl.ds(at * tiles.bytes, tiles.bytes)],
+            x.at[pl.ds(token, tiles.tokens), pl.ds(at * tiles.codes, tiles.codes)],
+        )
+
+    lax.fori_loop(0, product.steps, step, None)
+
+
+def _multiply(
+    product: Product,
+    pipeline: Pipeline,
+    memory: Memory,
+    count: jax.Array,
+    token: jax.Array,
+    column: jax.Array,
+) -> None:
+    """A tile of the output: its sums, over the cluster, scaled, the share added, stored."""
+    tiles = product.tiles
+    output = column * tiles.width + lax.axis_index("warpgroup") * tiles.outputs
+    token = token + product.blocks.part * tiles.stored
+    if memory.share is not None:
+        memory.share.copy(token, output)
+
+    def run(acc_ref: Any) -> jax.Array:
+        _accumulate(product, pipeline, memory.stand_ins, count, acc_ref)
+        return acc_ref[...]
+
+    shape = (tiles.outputs, tiles.tokens)
+    acc = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.int32))
+    if memory.received:
+        acc = mosaic_gpu_cluster.sum_of_parts(memory.received[0], acc, tiles.parts)
+    _store(product, memory, acc, token, output)
+
+
+def _accumulate(
+    product: Product, pipeline: Pipeline, stand_ins: Sequence[Any], count: jax.Array, acc_ref: Any
+) -> None:
+    """The sums of the steps whose copies have the numbers from ``count`` on."""
+    tiles, warpgroup = product.tiles, lax.axis_index("warpgroup")
+    rows, pieces = pl.ds(warpgroup * tiles.outputs, tiles.outputs), tiles.codes // SWIZZLE
+
+    def step(i: jax.Array) -> None:
+        slot = pipeline.slot(count + i)
+        plgpu.barrier_wait(pipeline.full.at[slot])
+        packed = pipeline.packed.at[slot]
+        for piece in range(pieces):
+            codes = pipeline.rows.at[slot].at[:, pl.ds(piece * SWIZZLE, SWIZZLE)]
+            if stand_ins:
+                own = [ref.at[warpgroup] for ref in stand_ins]
+                part = packed[rows, pl.ds(piece * PIECE_BYTES, PIECE_BYTES)]
+                _interpreted_product(acc_ref, part, codes[...], *own)
+            else:
+                unpacked = _unpack(packed, piece, tiles)
+                plgpu.wgmma(acc_ref, unpacked, codes.transpose((1, 0)))
+        # All but this step's products are done: the place of the step before is free.
+        plgpu.wgmma_wait(pieces)
+
+        @pl.when(i > 0)
+        def _() -> None:
+            plgpu.barrier_arrive(pipeline.empty.at[pipeline.slot(count + i - 1)])
+
+    def pair(i: jax.Array, _: None) -> None:
+        # Two in a turn of the loop have the compiler give them registers of their own.
+        step(2 * i)
+        step(2 * i + 1)
+
+    steps = product.steps
+    lax.fori_loop(0, steps // 2, pair, None)
+    if steps % 2:
+        step(jnp.int32(steps - 1))
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(pipeline.empty.at[pipeline.slot(count + steps - 1)])
+
+
+def _unpack(packed_ref: Any, piece: int, tiles: Tiles) -> jax.Array:
+    """A piece of this warpgroup's codes, [outputs, 128] int8, of a step [width, bytes]."""
+    layout = plgpu.Layout.WGMMA_8BIT
+    shape = (tiles.outputs, SWIZZLE)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(transforms(tiles.bytes, 1)),),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout),
+    )
+    def codes(_: Any, ref: Any) -> Any:
+        return fragment_codes(ref, shape, piece)
+
+    return cast("Callable[[Any], jax.Array]", codes)(packed_ref)
+
+
+def _interpreted_product(
+    acc_ref: Any, packed: jax.Array, codes: jax.Array, unpacked_smem: Any, codes_smem: Any
+) -> None:
+    """The product of what ``_unpack`` makes; interpret mode takes whole references only."""
+    unpacked_smem[...] = unpack_ternary2(packed, packed.shape[1] * CODES_PER_BYTE)
+    codes_smem[...] = codes.T
+    plgpu.wgmma(acc_ref, unpacked_smem, codes_smem)
+
+
+def _store(
+    product: Product, memory: Memory, acc: jax.Array, token: jax.Array, output: jax.Array
+) -> None:
+    """Scales ``acc`` int32 [outputs, tokens], adds the share and writes it, transposed."""
+    interpret, factors = product.interpret, memory.factors
+    own, store = memory.out_smem.at[lax.axis_index("warpgroup")], product.tiles.store
+    if memory.share is not None:
+        factor = _of_tokens(factors[0].at[pl.ds(token, acc.shape[1])], acc.shape, interpret)
+        acc = memory.share.add(acc.astype(jnp.float32) * factor, interpret=interpret)
+        factors = ()
+    for part in range(acc.shape[1] // store):
+        tokens = pl.ds(token + part * store, store)
+        values = acc[:, part * store : (part + 1) * store]
+        for ref in factors:
+            factor = _of_tokens(ref.at[tokens], values.shape, interpret)
+            values = values.astype(jnp.float32) * factor
+        values = values.astype(memory.out.dtype)
+        slot = own.at[part % SLOTS]
+        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+        if interpret:
+            slot[...] = values.T
+        else:
+            values = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+            slot.transpose((1, 0))[...] = values
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(slot, memory.out.at[tokens, pl.ds(output, values.shape[0])])
+
+
+def _of_tokens(ref: Any, shape: tuple[int, ...], interpret: bool) -> jax.Array:
+    """One value a token, along the second axis of ``shape``."""
+    if interpret:
+        return lax.broadcast_in_dim(ref[...], shape, (1,))
+    values = _load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(values, shape, (1,))
+
+
+def _load(ref: Any, **options: Any) -> jax.Array:
+    """``plgpu.load`` of all of ``ref``: jax 0.10 wants an index beside it, jax 0.11 none."""
+    wanted = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+    return plgpu.load(ref, *([()] if wanted else []), **options)
