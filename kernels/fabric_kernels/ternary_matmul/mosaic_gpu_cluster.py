@@ -118,7 +118,9 @@ def _collect(ref: Any, values: Any, parts: int) -> Any:
                     total[2 * half + j], both, dynamic_position=[], static_position=[j]
                 )
             flat[row, block, half] = both
-    return mgpu.FragmentedArray(_registers=registers, _layout=values.layout, _is_signed=values.is_signed)
+    return mgpu.FragmentedArray(
+        _registers=registers, _layout=values.layout, _is_signed=values.is_signed
+    )
 
 
 def _each(values: Any, parts: int) -> int:

@@ -22,14 +22,16 @@ from fabric_kernels.ternary_matmul import mosaic_gpu_cluster, mosaic_gpu_share
 from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import (
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
+    SLOTS,
     WARPGROUPS,
     Blocks,
     Pipeline,
     barriers,
+    store_tokens,
     transforms,
 )
 from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands
-from fabric_kernels.ternary_matmul.mosaic_gpu_tiles import PIECE_BYTES, SLOTS, SWIZZLE, Tiles
+from fabric_kernels.ternary_matmul.mosaic_gpu_tiles import PIECE_BYTES, SWIZZLE, Tiles
 from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_codes
 
 
@@ -42,7 +44,9 @@ class Product:
         blocks: which of them a block has.
         steps: of a tile in a block.
         stages: of them in shared memory.
-        scaled: whether sums are multiplied by a factor.
+        fields: whether activations are turned and meet fields, which are codes plus one; what
+            that adds to a token's products is its sum.
+        scaled: whether products are multiplied by a factor.
         share: the first column of narrow products that are added with B, or None.
         interpret: whether interpret mode runs it.
     """
@@ -51,6 +55,7 @@ class Product:
     blocks: Blocks
     steps: int
     stages: int
+    fields: bool
     scaled: bool
     share: int | None
     interpret: bool
@@ -61,23 +66,23 @@ def make_call(
     shape: tuple[int, int],
     width: int,
     dtype: jnp.dtype,
-    extra: tuple[bool, int | None],
+    extra: tuple[bool, bool, int | None],
     interpret: Any,
 ) -> Callable[..., jax.Array]:
     """The kernel as a function of layer, stack, activations and what is ``extra``.
 
-    These are factors, and narrow products, from one of their columns on, with B.
+    These are sums, factors, and narrow products, from one of their columns on, with B.
 
     Args:
         tiles: sizes.
         shape: of the output, [M, N].
         width: packed bytes of a row.
         dtype: of the output.
-        extra: whether there are factors, and the first column of a share.
+        extra: whether there are sums and factors, and the first column of a share.
         interpret: parameters of interpret mode.
     """
     own = WARPGROUPS, tiles.stored, tiles.outputs
-    other = 0 if extra[1] is None else mosaic_gpu_share.scratch_bytes(*own)
+    other = 0 if extra[2] is None else mosaic_gpu_share.scratch_bytes(*own)
     stages = tiles.stages(dtype.itemsize, other)
     blocks = Blocks(shape, tiles.tokens, tiles.width, tiles.parts)
     product = Product(tiles, blocks, tiles.steps(width), stages, *extra, bool(interpret))
@@ -89,12 +94,12 @@ def make_call(
         plgpu.SMEM((stages, tiles.tokens, tiles.codes), jnp.int8, transforms=rows),
         *barriers(stages),
         plgpu.SMEM(
-            (WARPGROUPS, SLOTS, tiles.store, tiles.outputs),
+            (WARPGROUPS, SLOTS, store_tokens(tiles.stored, dtype.itemsize), tiles.outputs),
             dtype,
             transforms=transforms(SWIZZLE, dtype.itemsize),
         ),
     ]
-    if extra[1] is not None:
+    if extra[2] is not None:
         scratch += mosaic_gpu_share.scratch(*own)
     if tiles.parts > 1:
         sizes = tiles.parts, tiles.outputs, tiles.tokens
@@ -125,7 +130,8 @@ class Memory:
     Attributes:
         out: of the output, in device memory.
         out_smem: stores under way, [warpgroups, slots, tokens, outputs].
-        factors: none or one array of a factor for each token.
+        sums: none or one array of what is taken from the products of each token.
+        factors: none or one array of what multiplies them then.
         share: the operands of a share, or None.
         received: none or one array of what other blocks of the cluster send.
         stand_ins: operands of products in interpret mode, otherwise none.
@@ -133,6 +139,7 @@ class Memory:
 
     out: Any
     out_smem: Any
+    sums: Sequence[Any]
     factors: Sequence[Any]
     share: Operands | None
     received: Sequence[Any]
@@ -149,7 +156,8 @@ def _kernel(product: Product, *refs: Any) -> None:
         return found
 
     layer_ref, packed_ref, x_ref = take(3)
-    factors, arrays, (out_ref,) = take(product.scaled), take(2 * shared), take(1)
+    sums, factors = take(product.fields), take(product.scaled)
+    arrays, (out_ref,) = take(2 * shared), take(1)
     pipeline = Pipeline(*take(4), product.stages)
     (out_smem,) = take(1)
     warpgroup = lax.axis_index("warpgroup")
@@ -158,7 +166,7 @@ def _kernel(product: Product, *refs: Any) -> None:
         places = [ref.at[warpgroup] for ref in take(3)]
         share = Operands(*arrays, *places, start=product.share)
     received = take(tiles.parts > 1)
-    memory = Memory(out_ref, out_smem, factors, share, received, rest)
+    memory = Memory(out_ref, out_smem, sums, factors, share, received, rest)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
@@ -194,7 +202,9 @@ def _copy(
         at = first + i
         pipeline.fill(
             count + i,
-            packed.at[pl.ds(column * tiles.width, tiles.width), pl.ds(at * tiles.bytes, tiles.bytes)],
+            packed.at[
+                pl.ds(column * tiles.width, tiles.width), pl.ds(at * tiles.bytes, tiles.bytes)
+            ],
             x.at[pl.ds(token, tiles.tokens), pl.ds(at * tiles.codes, tiles.codes)],
         )
 
@@ -243,9 +253,9 @@ def _accumulate(
             if stand_ins:
                 own = [ref.at[warpgroup] for ref in stand_ins]
                 part = packed[rows, pl.ds(piece * PIECE_BYTES, PIECE_BYTES)]
-                _interpreted_product(acc_ref, part, codes[...], *own)
+                _interpreted_product(product, acc_ref, part, codes[...], *own)
             else:
-                unpacked = _unpack(packed, piece, tiles)
+                unpacked = _unpack(packed, piece, product)
                 plgpu.wgmma(acc_ref, unpacked, codes.transpose((1, 0)))
         # All but this step's products are done: the place of the step before is free.
         plgpu.wgmma_wait(pieces)
@@ -267,9 +277,9 @@ def _accumulate(
     plgpu.barrier_arrive(pipeline.empty.at[pipeline.slot(count + steps - 1)])
 
 
-def _unpack(packed_ref: Any, piece: int, tiles: Tiles) -> jax.Array:
+def _unpack(packed_ref: Any, piece: int, product: Product) -> jax.Array:
     """A piece of this warpgroup's codes, [outputs, 128] int8, of a step [width, bytes]."""
-    layout = plgpu.Layout.WGMMA_8BIT
+    layout, tiles = plgpu.Layout.WGMMA_8BIT, product.tiles
     shape = (tiles.outputs, SWIZZLE)
 
     @plgpu.inline_mgpu(
@@ -277,16 +287,24 @@ def _unpack(packed_ref: Any, piece: int, tiles: Tiles) -> jax.Array:
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout),
     )
     def codes(_: Any, ref: Any) -> Any:
-        return fragment_codes(ref, shape, piece)
+        return fragment_codes(ref, shape, piece, fields=product.fields)
 
     return cast("Callable[[Any], jax.Array]", codes)(packed_ref)
 
 
 def _interpreted_product(
-    acc_ref: Any, packed: jax.Array, codes: jax.Array, unpacked_smem: Any, codes_smem: Any
+    product: Product,
+    acc_ref: Any,
+    packed: jax.Array,
+    codes: jax.Array,
+    unpacked_smem: Any,
+    codes_smem: Any,
 ) -> None:
     """The product of what ``_unpack`` makes; interpret mode takes whole references only."""
-    unpacked_smem[...] = unpack_ternary2(packed, packed.shape[1] * CODES_PER_BYTE)
+    unpacked = unpack_ternary2(packed, packed.shape[1] * CODES_PER_BYTE)
+    if product.fields:
+        unpacked = (unpacked + 1).reshape(len(packed), -1, 16, CODES_PER_BYTE).swapaxes(2, 3)
+    unpacked_smem[...] = unpacked.reshape(unpacked_smem.shape)
     codes_smem[...] = codes.T
     plgpu.wgmma(acc_ref, unpacked_smem, codes_smem)
 
@@ -295,15 +313,19 @@ def _store(
     product: Product, memory: Memory, acc: jax.Array, token: jax.Array, output: jax.Array
 ) -> None:
     """Scales ``acc`` int32 [outputs, tokens], adds the share and writes it, transposed."""
-    interpret, factors = product.interpret, memory.factors
-    own, store = memory.out_smem.at[lax.axis_index("warpgroup")], product.tiles.store
+    interpret, sums, factors = product.interpret, memory.sums, memory.factors
+    own, store = memory.out_smem.at[lax.axis_index("warpgroup")], memory.out_smem.shape[2]
     if memory.share is not None:
+        for ref in sums:
+            acc = acc - _of_tokens(ref.at[pl.ds(token, acc.shape[1])], acc.shape, interpret)
         factor = _of_tokens(factors[0].at[pl.ds(token, acc.shape[1])], acc.shape, interpret)
         acc = memory.share.add(acc.astype(jnp.float32) * factor, interpret=interpret)
-        factors = ()
+        sums = factors = ()
     for part in range(acc.shape[1] // store):
         tokens = pl.ds(token + part * store, store)
         values = acc[:, part * store : (part + 1) * store]
+        for ref in sums:
+            values = values - _of_tokens(ref.at[tokens], values.shape, interpret)
         for ref in factors:
             factor = _of_tokens(ref.at[tokens], values.shape, interpret)
             values = values.astype(jnp.float32) * factor

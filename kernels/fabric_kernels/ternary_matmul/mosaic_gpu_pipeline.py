@@ -12,10 +12,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 MULTIPROCESSORS = 132
 """Of an H100 SXM and an H200. Any number is correct: a block takes tiles until none are left."""
+AT_ONCE = {1: MULTIPROCESSORS, 2: 64, 4: 28}
+"""Clusters of so many blocks, one to a multiprocessor, that run at a time: their blocks are of one
+part of the GPU, and such parts have 16 or 18 multiprocessors."""
 WARPGROUPS = 2
 """That compute; a third one copies."""
 TILE_ROWS = 8
 """Of a swizzled tile of shared memory; what it is copied from or to has whole tiles."""
+MOST_STORED = 208
+"""Bytes of a row of outputs that are stored at a time, in as much shared memory."""
+SLOTS = 2
+"""Such stores under way."""
 MEMORY_REGISTERS, COMPUTE_REGISTERS = 40, 232
 
 
@@ -111,6 +118,12 @@ class Blocks:
         together = min(self.count, MULTIPROCESSORS)
         turns = lax.div(self.count - 1 - block, together) + 1
         lax.fori_loop(0, turns, lambda i, _: one(i, block + i * together), None)
+
+
+def store_tokens(tokens: int, itemsize: int) -> int:
+    """Of so many, how many an epilogue stores at a time: each store waits for the warpgroup."""
+    most = MOST_STORED // itemsize
+    return next(some for some in range(tokens, 0, -8) if some <= most and tokens % some == 0)
 
 
 def barriers(stages: int) -> list[Any]:

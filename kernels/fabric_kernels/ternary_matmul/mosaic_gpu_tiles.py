@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from jax.experimental import pallas as pl
 
 from fabric_kernels.packing import CODES_PER_BYTE
-from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import MULTIPROCESSORS, WARPGROUPS
+from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import (
+    MULTIPROCESSORS,
+    SLOTS,
+    WARPGROUPS,
+    store_tokens,
+)
 
 ROWS = 64
 """Outputs (rows of the first operand) of one wgmma."""
@@ -16,8 +21,6 @@ PIECE_BYTES = SWIZZLE // CODES_PER_BYTE
 SHARED_BYTES = 224 << 10
 """Of the pipeline, and what the epilogue keeps; barriers have the rest."""
 MOST_STAGES = 8
-SLOTS = 2
-"""Stores of the epilogue under way."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,9 @@ class Tiles:
         """Tokens that a block of a cluster stores."""
         return self.tokens // self.parts
 
-    @property
-    def store(self) -> int:
-        """Tokens that the epilogue stores at a time."""
-        return next(some for some in (16, 8) if self.stored % some == 0)
-
     def stages(self, itemsize: int, other: int = 0) -> int:
         """Pipeline steps in shared memory, beside stores of that size and ``other`` bytes."""
-        other += SLOTS * self.store * self.width * itemsize
+        other += SLOTS * store_tokens(self.stored, itemsize) * self.width * itemsize
         if self.parts > 1:
             other += 4 * self.tokens * self.width
         step = self.codes * self.tokens + self.bytes * self.width

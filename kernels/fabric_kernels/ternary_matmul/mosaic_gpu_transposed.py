@@ -25,14 +25,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
 from fabric_kernels.ternary_matmul import mosaic_gpu_cluster, mosaic_gpu_share
 from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import (
+    AT_ONCE,
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
-    MULTIPROCESSORS,
+    SLOTS,
     TILE_ROWS,
     WARPGROUPS,
     Blocks,
     Pipeline,
     barriers,
+    store_tokens,
     transforms,
 )
 from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands, Share
@@ -41,8 +43,12 @@ from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 STEP = 64
 """Outputs n of a pipeline step: 128 bytes of a row of gradients, the widest swizzle."""
-STORE, SLOTS = 16, 2
-"""Tokens that the epilogue stores at a time, and such stores under way."""
+BYTES = 32
+"""Packed bytes of a row in a block."""
+WIDTH = BYTES * CODES_PER_BYTE
+"""Inputs k of a block."""
+ROWS = WIDTH // WARPGROUPS
+"""Of a warpgroup's accumulators."""
 SHARED_BYTES = 224 << 10
 """Of the pipeline, what the epilogue stores from and what adapters add; barriers have the rest."""
 MOST_STAGES = 8
@@ -81,55 +87,52 @@ class Tiles:
     """How a product is cut up.
 
     Attributes:
-        tokens: of a block; a multiple of 16, at most 128, or 256 where it is narrow.
-        width: inputs k of a block, 256 or 128.
+        tokens: of a block; a multiple of 8, at most 256.
         parts: blocks of a cluster among which n is divided. Each then stores a part of the tokens,
-            a multiple of 16 of them.
+            a multiple of 8 of them.
     """
 
     tokens: int
-    width: int = 256
     parts: int = 1
-
-    @property
-    def rows(self) -> int:
-        """Of a warpgroup's accumulators."""
-        return self.width // WARPGROUPS
-
-    @property
-    def bytes(self) -> int:
-        """Packed bytes of a row in a block."""
-        return self.width // CODES_PER_BYTE
 
     @property
     def stored(self) -> int:
         """Tokens that a block of a cluster stores."""
         return self.tokens // self.parts
 
+    @property
+    def store(self) -> int:
+        """Of them at a time."""
+        return store_tokens(self.stored, 2)
+
     def stages(self, other: int = 0) -> int:
         """Steps in shared memory, beside ``other`` bytes."""
-        step = STEP * (2 * self.tokens + self.bytes)
-        other += 2 * SLOTS * STORE * self.width
+        step = STEP * (2 * self.tokens + BYTES)
+        other += 2 * SLOTS * self.store * WIDTH
         if self.parts > 1:
-            other += 4 * self.tokens * self.width
+            other += 4 * self.tokens * WIDTH
         stages = min(MOST_STAGES, (SHARED_BYTES - other) // step)
         assert stages > 1, "the place of a step gets free when the next one has been read"
         return stages
 
 
-def choose_tiles(m: int, k: int) -> Tiles:
-    """Those that keep the multiprocessors busy for the shortest time, counting their last round.
+def choose_tiles(m: int, k: int, n: int) -> Tiles:
+    """Those that take the shortest time, counting the last round of the multiprocessors.
 
-    A block takes as long as its tokens and, for copies and the two ends, 16 more.
+    In the unit of a token's products in a step, of which an H200 makes one in 2.5 ns: a step takes
+    as long as its tokens and 40 more, a tile about 4 us for what is before and after its steps,
+    and as long again where blocks exchange sums.
     """
 
     def cost(tiles: Tiles) -> int:
-        blocks = pl.cdiv(m, tiles.tokens) * pl.cdiv(k, tiles.width)
-        return pl.cdiv(blocks, MULTIPROCESSORS) * tiles.width * (tiles.tokens + 16)
+        blocks = pl.cdiv(m, tiles.tokens) * pl.cdiv(k, WIDTH)
+        steps = pl.cdiv(pl.cdiv(n, STEP), tiles.parts)
+        ends = 1600 * (1 + (tiles.parts > 1))
+        return pl.cdiv(blocks, AT_ONCE[tiles.parts]) * (steps * (tiles.tokens + 40) + ends)
 
-    wide = [Tiles(tokens) for tokens in (128, 112, 96, 80, 64)]
-    narrow = [Tiles(tokens, 128) for tokens in range(256, 96, -16)]
-    return min(wide + narrow, key=cost)
+    alone = [Tiles(tokens) for tokens in range(256, 48, -16)]
+    clusters = [Tiles(tokens, parts) for tokens in (128, 64) for parts in (2, 4)]
+    return min(alone + clusters, key=cost)
 
 
 def takes(gradients: Sequence[jax.Array], weights: Sequence[TernaryWeight]) -> bool:
@@ -160,30 +163,30 @@ def product(
     """
     assert takes(gradients, weights), "the caller has looked"
     m, k = gradients[0].shape[0], weights[0].k
-    tiles = tiles or choose_tiles(m, k)
+    tiles = tiles or choose_tiles(m, k, sum(weight.n for weight in weights))
     dtype = gradients[0].dtype
     rows, shape = _up(max(m, tiles.tokens), TILE_ROWS), (_up(m, TILE_ROWS), _up(k, STEP))
     if interpret:  # which has no tiles that end past an array, and no clusters
         tiles = replace(tiles, parts=1)
         rows = _up(m, tiles.tokens)
-        shape = (rows, _up(k, tiles.width))
+        shape = (rows, _up(k, WIDTH))
     operands: list[Any] = []
     for g, weight in zip(gradients, weights, strict=True):
-        packed, scale, layer = _aligned(weight, tiles)
+        packed, scale, layer = _aligned(weight)
         pad = ((0, rows - m), (0, packed.shape[1] - g.shape[1]))
         g = jnp.pad(g, pad) if any(p for _, p in pad) else g
         operands.append((layer, scale, packed, g))
     extra: list[jax.Array] = []
     if share is not None:
         narrow = jnp.pad(share.narrow, ((0, rows - m), (0, 0)))
-        extra = [narrow, _permuted(share.b, tiles)]
+        extra = [narrow, _permuted(share.b)]
     call = _call(tiles, shape, dtype, operands, extra, interpret)
     return call(*jax.tree.leaves(operands), *extra)[:m, :k]
 
 
-def _permuted(a: jax.Array, tiles: Tiles) -> jax.Array:
+def _permuted(a: jax.Array) -> jax.Array:
     """[R, K] as [R, K'], whole blocks, with k in the order of the rows of accumulators."""
-    a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % tiles.width)))
+    a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % WIDTH)))
     # Blocks of 64 k, and of each the eight words, the four warps' codes and two codes of each.
     parts = a.reshape(a.shape[0], -1, 8, 4, 2)
     return parts.transpose(0, 1, 3, 4, 2).reshape(a.shape)
@@ -193,14 +196,14 @@ def _up(size: int, multiple: int) -> int:
     return pl.cdiv(size, multiple) * multiple
 
 
-def _aligned(weight: TernaryWeight, tiles: Tiles) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _aligned(weight: TernaryWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The stack uint8 [L, N, W], its scales float32 [L] or [1], and the layer int32 [1].
 
     The stack itself where N and W are whole steps and blocks; otherwise a padded copy of the layer:
     padded n meet zeros of the gradients, padded k are not stored.
     """
     n, width = weight.packed.shape[-2:]
-    pad = ((0, _up(n, STEP) - n), (0, _up(width, tiles.bytes) - width))
+    pad = ((0, _up(n, STEP) - n), (0, _up(width, BYTES) - width))
     if any(p for _, p in pad):
         weight = weight.single()
         packed = jnp.pad(weight.packed, pad)[None]
@@ -221,27 +224,27 @@ def _call(
     interpret: Any,
 ) -> Callable[..., jax.Array]:
     """The kernel as a function of all operands, and of what is ``extra``: both of a share."""
-    blocks = Blocks(shape, tiles.tokens, tiles.width, tiles.parts)
+    blocks = Blocks(shape, tiles.tokens, WIDTH, tiles.parts)
     other, places = 0, []
     if extra:
-        sizes = WARPGROUPS, tiles.stored, tiles.rows, extra[1].shape[0]
+        sizes = WARPGROUPS, tiles.stored, ROWS, extra[1].shape[0]
         places, other = mosaic_gpu_share.scratch(*sizes), mosaic_gpu_share.scratch_bytes(*sizes)
     stages = tiles.stages(other)
-    of_bytes, of_rows = transforms(tiles.bytes, 1), transforms(2 * STEP, 2)
+    of_bytes, of_rows = transforms(BYTES, 1), transforms(2 * STEP, 2)
     scratch: list[Any] = [
-        plgpu.SMEM((stages, STEP, tiles.bytes), jnp.uint8, transforms=of_bytes),
+        plgpu.SMEM((stages, STEP, BYTES), jnp.uint8, transforms=of_bytes),
         plgpu.SMEM((stages, tiles.tokens, STEP), dtype, transforms=of_rows),
         *barriers(stages),
-        plgpu.SMEM((WARPGROUPS, SLOTS, STORE, tiles.rows), dtype, transforms=of_rows),
+        plgpu.SMEM((WARPGROUPS, SLOTS, tiles.store, ROWS), dtype, transforms=of_rows),
         *places,
     ]
     if tiles.parts > 1:
-        sizes = tiles.parts, tiles.rows, tiles.tokens
+        sizes = tiles.parts, ROWS, tiles.tokens
         scratch.append(mosaic_gpu_cluster.scratch(*sizes, jnp.float32))
     options: dict[str, Any] = {}
     if interpret:
         options["interpret"] = interpret
-        for stand_in in ((tiles.rows, STEP), (STEP, tiles.tokens)):
+        for stand_in in ((ROWS, STEP), (STEP, tiles.tokens)):
             scratch.append(plgpu.SMEM((WARPGROUPS, *stand_in), dtype))
     else:
         semantics = plgpu.LoweringSemantics.Warpgroup
@@ -310,7 +313,7 @@ def _copy(
     """The steps of a tile to shared memory, as places get free."""
     for layer_ref, _, packed_ref, g_ref in operands:
         layer, steps = layer_ref[0], _steps(tiles, g_ref)
-        bytes_ = pl.ds(column * tiles.bytes, tiles.bytes)
+        bytes_, tokens = pl.ds(column * BYTES, BYTES), pl.ds(token, tiles.tokens)
 
         def step(
             i: jax.Array,
@@ -318,7 +321,7 @@ def _copy(
             count: jax.Array = count,
             start: Any = blocks.part * steps,
             packed: Any = packed_ref.at[layer, :, bytes_],
-            g: Any = g_ref.at[pl.ds(token, tiles.tokens)],
+            g: Any = g_ref.at[tokens],
         ) -> None:
             n = pl.ds((start + i) * STEP, STEP)
             pipeline.fill(count + i, packed.at[n], g.at[:, n])
@@ -338,11 +341,11 @@ def _multiply(
     column: jax.Array,
 ) -> None:
     """A tile of the output: its products over all matrices, scaled, the share added, stored."""
-    first = column * tiles.width + lax.axis_index("warpgroup") * tiles.rows
+    first = column * WIDTH + lax.axis_index("warpgroup") * ROWS
     token, stand_ins = token + blocks.part * tiles.stored, memory.stand_ins
     if memory.share is not None:
         memory.share.copy(token, first)
-    acc = jnp.zeros((tiles.rows, tiles.tokens), jnp.float32)
+    acc = jnp.zeros((ROWS, tiles.tokens), jnp.float32)
     if not stand_ins:
         acc = plgpu.layout_cast(acc, plgpu.Layout.WGMMA)
     unit = jnp.float32(1)
@@ -352,9 +355,9 @@ def _multiply(
             own, ratio = _next_unit(unit, own)
             acc = acc * ratio
         unit, steps = own, _steps(tiles, g_ref)
-        run = partial(_accumulate, tiles, pipeline, stand_ins, count, steps)
+        run = partial(_accumulate, pipeline, stand_ins, count, steps)
         if stand_ins:
-            acc = acc + _interpreted_sum(run, (tiles.rows, tiles.tokens))
+            acc = acc + _interpreted_sum(run, (ROWS, tiles.tokens))
         else:
             start: Any = plgpu.WGMMAAccumulatorRef.init(acc)
             acc = cast("jax.Array", pl.run_state(run)(start))
@@ -375,7 +378,6 @@ def _next_unit(unit: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _accumulate(
-    tiles: Tiles,
     pipeline: Pipeline,
     stand_ins: Sequence[Any],
     count: jax.Array,
@@ -390,9 +392,9 @@ def _accumulate(
         packed, g = pipeline.packed.at[slot], pipeline.rows.at[slot]
         if stand_ins:
             own = [ref.at[lax.axis_index("warpgroup")] for ref in stand_ins]
-            _interpreted_product(tiles, acc_ref, packed[...], g[...], *own)
+            _interpreted_product(acc_ref, packed[...], g[...], *own)
         else:
-            plgpu.wgmma(acc_ref, _unpack(tiles, packed, g.dtype), g.transpose((1, 0)))
+            plgpu.wgmma(acc_ref, _unpack(packed, g.dtype), g.transpose((1, 0)))
         # All but this step's products are done: the place of the step before is free.
         plgpu.wgmma_wait(1)
 
@@ -412,16 +414,16 @@ def _accumulate(
     plgpu.barrier_arrive(pipeline.empty.at[pipeline.slot(count + steps - 1)])
 
 
-def _unpack(tiles: Tiles, packed_ref: Any, dtype: Any) -> jax.Array:
+def _unpack(packed_ref: Any, dtype: Any) -> jax.Array:
     """This warpgroup's rows of the register operand, [rows, STEP]."""
-    layout, shape = plgpu.Layout.WGMMA, (tiles.rows, STEP)
+    layout, shape = plgpu.Layout.WGMMA, (ROWS, STEP)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(transforms(tiles.bytes, 1)),),
+        arg_types=(plgpu.RefType(transforms(BYTES, 1)),),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout),
     )
     def codes(_: Any, ref: Any) -> Any:
-        return transposed_codes(ref, shape, dtype)
+        return transposed_codes(ref, STEP, dtype)
 
     return cast("Callable[[Any], jax.Array]", codes)(packed_ref)
 
@@ -437,12 +439,12 @@ def _interpreted_sum(run: Callable[[Any], None], shape: tuple[int, int]) -> jax.
 
 
 def _interpreted_product(
-    tiles: Tiles, acc_ref: Any, packed: jax.Array, g: jax.Array, codes_smem: Any, g_smem: Any
+    acc_ref: Any, packed: jax.Array, g: jax.Array, codes_smem: Any, g_smem: Any
 ) -> None:
     """The product of what ``_unpack`` makes; interpret mode takes whole references only."""
-    codes = unpack_ternary2(packed, tiles.width).reshape(STEP, WARPGROUPS, -1, 8, 4, 2)
+    codes = unpack_ternary2(packed, WIDTH).reshape(STEP, WARPGROUPS, -1, 8, 4, 2)
     own = lax.dynamic_index_in_dim(codes, lax.axis_index("warpgroup"), 1, keepdims=False)
-    rows = own.transpose(1, 3, 4, 2, 0).reshape(tiles.rows, STEP)
+    rows = own.transpose(1, 3, 4, 2, 0).reshape(ROWS, STEP)
     codes_smem[...] = rows.astype(codes_smem.dtype) * (1 / UNIT)
     g_smem[...] = g.T
     plgpu.wgmma(acc_ref, codes_smem, g_smem)
@@ -452,7 +454,7 @@ def _store(
     tiles: Tiles, memory: Memory, acc: jax.Array, token: jax.Array, first: jax.Array
 ) -> None:
     """Accumulators [rows, tokens] of this warpgroup, rounded, to the k from ``first`` on."""
-    dtype = memory.out.dtype
+    dtype, store = memory.out.dtype, tiles.store
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(transforms(2 * STEP, 2)), plgpu.Layout.WGMMA),
@@ -460,15 +462,15 @@ def _store(
     def transposed(_: Any, ref: Any, values: Any) -> None:
         store_transposed(ref, values, dtype)
 
-    for part in range(tiles.stored // STORE):
-        values = acc[:, part * STORE : (part + 1) * STORE]
+    for part in range(tiles.stored // store):
+        values = acc[:, part * store : (part + 1) * store]
         slot = memory.out_smem.at[part % SLOTS]
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
         if memory.stand_ins:
-            rows = values.reshape(-1, 4, 2, 8, STORE).transpose(4, 0, 3, 1, 2)
-            slot[...] = rows.reshape(STORE, tiles.rows).astype(dtype)
+            rows = values.reshape(-1, 4, 2, 8, store).transpose(4, 0, 3, 1, 2)
+            slot[...] = rows.reshape(store, ROWS).astype(dtype)
         else:
             cast("Callable[..., None]", transposed)(slot, values)
         plgpu.commit_smem()
-        tokens = pl.ds(token + part * STORE, STORE)
-        plgpu.copy_smem_to_gmem(slot, memory.out.at[tokens, pl.ds(first, tiles.rows)])
+        tokens = pl.ds(token + part * store, store)
+        plgpu.copy_smem_to_gmem(slot, memory.out.at[tokens, pl.ds(first, ROWS)])

@@ -1,4 +1,4 @@
-"""Packed bytes in shared memory to codes within the registers of a warp, at the level of the compiler.
+"""Packed bytes in shared memory to codes in the registers of a warp, at the level of the compiler.
 
 A fragment of wgmma's 8-bit operand gives lane t of each four the columns 4t..4t+3 of every 16, as
 one 32-bit register. Loaded in that layout, 16 packed bytes leave lane t with bytes 4t..4t+3; but
@@ -8,13 +8,14 @@ For four registers that takes 2 shuffles, 10 byte permutations (``prmt``, 4 of t
 that makes -1, 0, 1 of 0, 1, 2), 2 masks and 3 shifts.
 """
 
+from itertools import product
 from typing import Any
 
 CODES_OF_FIELDS = 0x000100FF
 """Byte i is the code that the field i stands for."""
 
 
-def fragment_codes(packed: Any, shape: tuple[int, int], piece: int) -> Any:
+def fragment_codes(packed: Any, shape: tuple[int, int], piece: int, *, fields: bool = False) -> Any:
     """Packed bytes to int8 codes, a ``FragmentedArray`` in ``WGMMA_8BIT``.
 
     Args:
@@ -22,6 +23,8 @@ def fragment_codes(packed: Any, shape: tuple[int, int], piece: int) -> Any:
             B bytes.
         shape: [R, 128], of a warpgroup's codes.
         piece: which 32 of the bytes.
+        fields: whether the rows have the fields of each 16 bytes in planes, the first of all
+            first: what a lane has of 16 bytes are its own four registers then, by masks.
     """
     import numpy as np
     from jax.experimental.mosaic import gpu as mgpu
@@ -47,9 +50,13 @@ def fragment_codes(packed: Any, shape: tuple[int, int], piece: int) -> Any:
             own: Any = llvm.inline_asm(
                 word, [address], "ld.shared.b32 $0, [$1];", "=r,r,~{memory}", has_side_effects=True
             )
-            own = mgpu.utils.prmt(own, mgpu.utils.shfl_bfly(own, 2), pairs)
-            own = mgpu.utils.prmt(own, mgpu.utils.shfl_bfly(own, 1), singles)
-            for byte, codes in enumerate(_spread(own)):
+            if fields:
+                words = _planes(own)
+            else:
+                own = mgpu.utils.prmt(own, mgpu.utils.shfl_bfly(own, 2), pairs)
+                own = mgpu.utils.prmt(own, mgpu.utils.shfl_bfly(own, 1), singles)
+                words = _spread(own)
+            for byte, codes in enumerate(words):
                 flat[block, 4 * i + byte, half] = mgpu.utils.bitcast(codes, register_type)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
@@ -79,6 +86,14 @@ def _fragment_rows(packed: Any, count: int, width: int) -> Any:
     return address
 
 
+def _planes(packed: Any) -> list[Any]:
+    """The first field of each byte of a word, the second of each, and so on."""
+    from jaxlib.mlir.dialects import arith
+
+    shifted = [packed, *(arith.shrui(packed, constant(2 * j)) for j in (1, 2, 3))]
+    return [arith.andi(word, constant(0x03030303)) for word in shifted]
+
+
 def _spread(packed: Any) -> list[Any]:
     """The codes of each of the four bytes of a word, four to a word."""
     from jax.experimental.mosaic import gpu as mgpu
@@ -99,6 +114,7 @@ def _spread(packed: Any) -> list[Any]:
 
 
 def constant(value: int) -> Any:
+    """Of 32 bits, with or without a sign."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith
 
@@ -106,16 +122,15 @@ def constant(value: int) -> Any:
     return arith.constant(word, ir.IntegerAttr.get(word, value - (value >> 31 << 32)))
 
 
-def transposed_codes(packed: Any, shape: tuple[int, int], dtype: Any) -> Any:
+def transposed_codes(packed: Any, outputs: int, dtype: Any) -> Any:
     """Packed bytes to minus two codes, as the first operand of wgmma.
 
-    A ``FragmentedArray`` in ``WGMMA``. Its row ``64 b + 16 w + 8 h + q`` has the codes of
-    k = R g + 64 b + 8 q + 2 w + h, where g is the warpgroup, of R rows, and w a warp of it.
+    A ``FragmentedArray`` [64, N] in ``WGMMA``. Its row ``16 w + 8 h + q`` has the codes of
+    k = 64 g + 8 q + 2 w + h, where g is the warpgroup and w a warp of it.
 
     Args:
-        packed: uint8 [N, R / 2] of both warpgroups; tiles [N / 8, 1, 8, R / 2] swizzled by R / 2
-            bytes, which are 64 or 32.
-        shape: [R, N].
+        packed: uint8 [N, 32] of both warpgroups; tiles [N / 8, 1, 8, 32] swizzled by 32 bytes.
+        outputs: N.
         dtype: of two bytes, with eight or fewer bits of exponent: there 2 is 0x4000.
     """
     import numpy as np
@@ -124,27 +139,24 @@ def transposed_codes(packed: Any, shape: tuple[int, int], dtype: Any) -> Any:
     from jaxlib.mlir.dialects import arith, llvm
 
     word = ir.IntegerType.get_signless(32)
-    thread, width, blocks = mgpu.utils.thread_idx(), shape[0] // 2, shape[0] // 64
-    lane, warp, warpgroup = masked(thread, 0, 31), masked(thread, 5, 3), masked(thread, 7, 1)
-    base = llvm.ptrtoint(word, mgpu.utils.memref_ptr(packed))
-    base = arith.addi(base, arith.muli(lane, constant(width)))
-    # A lane addresses row ``lane`` of 32, at the 16 bytes of a block: they lie at the place that
-    # the swizzle gives them, which depends on bits 1 and 2 of the row, or on bit 2.
-    place = arith.muli(warpgroup, constant(blocks))
-    place = arith.xori(place, masked(lane, 1, 3) if width == 64 else masked(lane, 2, 1))
+    thread = mgpu.utils.thread_idx()
+    lane, warp = masked(thread, 0, 31), masked(thread, 5, 3)
+    # A lane addresses row ``lane`` of 32, at the 16 bytes of its warpgroup: those lie at the place
+    # that the swizzle gives them, which depends on bit 2 of the row.
+    place = arith.xori(masked(thread, 7, 1), masked(lane, 2, 1))
+    offset = arith.addi(arith.shli(lane, constant(5)), arith.shli(place, constant(4)))
+    base = arith.addi(llvm.ptrtoint(word, mgpu.utils.memref_ptr(packed)), offset)
     first = arith.subi(constant(14), arith.shli(warp, constant(2)))
     shifts = first, arith.subi(first, constant(2))
-    registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
-    flat = registers.reshape(blocks, shape[1] // 8, 2)
+    registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((64, outputs)), dtype=object)
+    flat = registers.reshape(outputs // 8, 2)
     register_type = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
-    for step, block in np.ndindex(shape[1] // 32, blocks):
-        offset = arith.shli(arith.xori(place, constant(block)), constant(4))
-        offset = arith.addi(offset, constant(32 * width * step))
-        for i, own in enumerate(_transposed_words(arith.addi(base, offset))):
-            for half in range(2):
-                spread = arith.andi(arith.shli(own, shifts[half]), constant(0xC000C000))
-                spread = arith.xori(spread, constant(0x40004000))
-                flat[block, 4 * step + i, half] = mgpu.utils.bitcast(spread, register_type)
+    for step in range(outputs // 32):
+        words = _transposed_words(arith.addi(base, constant(1024 * step)))
+        for (i, own), half in product(enumerate(words), range(2)):
+            spread = arith.andi(arith.shli(own, shifts[half]), constant(0xC000C000))
+            spread = arith.xori(spread, constant(0x40004000))
+            flat[4 * step + i, half] = mgpu.utils.bitcast(spread, register_type)
     return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
 
@@ -152,8 +164,8 @@ def store_transposed(out: Any, values: Any, dtype: Any) -> None:
     """Accumulators of :func:`transposed_codes` rows to shared memory, with k in order.
 
     Args:
-        out: [T, R] of ``dtype``; tiles [T / 8, R / 64, 8, 64] swizzled by 128 bytes.
-        values: float32 [R, T] in ``WGMMA``.
+        out: [T, 64] of ``dtype``; tiles [T / 8, 1, 8, 64] swizzled by 128 bytes.
+        values: float32 [64, T] in ``WGMMA``.
         dtype: bfloat16 or float16.
     """
     from jax.experimental.mosaic import gpu as mgpu
@@ -165,16 +177,14 @@ def store_transposed(out: Any, values: Any, dtype: Any) -> None:
     quad, warp = masked(thread, 2, 7), masked(thread, 5, 3)
     base = llvm.ptrtoint(word, mgpu.utils.memref_ptr(out))
     base = arith.addi(base, arith.shli(warp, constant(2)))
-    flat = values.registers.reshape(values.shape[0] // 64, -1, 2)
+    flat = values.registers.reshape(-1, 2)
     for one in range(2):
         row = arith.addi(arith.shli(masked(thread, 0, 3), constant(1)), constant(one))
         place = arith.shli(arith.xori(quad, row), constant(4))
         address = arith.addi(base, arith.addi(arith.shli(row, constant(7)), place))
-        for block in range(flat.shape[0]):
-            for tokens in range(flat.shape[1]):
-                tile = constant(1024 * (tokens * flat.shape[0] + block))
-                pair = [vector.extract(flat[block, tokens, half], [], [one]) for half in range(2)]
-                _store_pair(arith.addi(address, tile), pair, dtype)
+        for tokens in range(len(flat)):
+            pair = [vector.extract(flat[tokens, half], [], [one]) for half in range(2)]
+            _store_pair(arith.addi(address, constant(1024 * tokens)), pair, dtype)
 
 
 def _store_pair(address: Any, pair: Any, dtype: Any) -> None:
@@ -187,8 +197,7 @@ def _store_pair(address: Any, pair: Any, dtype: Any) -> None:
     llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
         [address, *pair],
-        "{ .reg .b32 both; "
-        f"cvt.rn.{kind}.f32 both, $2, $1; st.shared.b32 [$0], both; }}",
+        f"{{ .reg .b32 both; cvt.rn.{kind}.f32 both, $2, $1; st.shared.b32 [$0], both; }}",
         "r,f,f,~{memory}",
         has_side_effects=True,
     )

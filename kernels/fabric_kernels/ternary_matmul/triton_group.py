@@ -18,6 +18,7 @@ from jax import lax
 
 from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.low_rank import LowRank, contract_with
+from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul.triton_layout import (
     group_kernels,
     kernels,
@@ -82,19 +83,26 @@ def linear_group(
 
 def quantized_rows(
     x: jax.Array, weights: Weights, adapters: Adapters, rows: int, columns: int
-) -> tuple[jax.Array, list[jax.Array], jax.Array]:
-    """Codes int8 [rows, columns], zeros past K; a factor [rows] for each matrix; narrow products.
+) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array]:
+    """Codes, their sums int32 [rows], a factor [rows] for each matrix, and narrow products.
 
-    Rows past those of ``x`` [M, K] may be anything. Narrow are those of adapters up to
-    ``MAX_RANK``.
+    Codes are int8 [rows, columns], zeros past K, each 64 of them :func:`turned`. Rows past those of
+    ``x`` [M, K] may be anything. Narrow are those of adapters up to ``MAX_RANK``.
     """
 
     def call(x: jax.Array, weights: Weights, small: Adapters, *, mode: Mode) -> Any:
-        layout = group_kernels()[0].Layout(rows, columns, None, width_of(weights[0]))
-        codes, _, factors, narrow = _quantized(x, weights, small, layout, mode)
-        return codes, factors, narrow
+        layout = group_kernels()[0].Layout(rows, columns, None, width_of(weights[0]), turned=True)
+        return _quantized(x, weights, small, layout, mode)
 
     return on_platform(call, x, weights, _small(adapters))
+
+
+def turned(codes: jax.Array) -> jax.Array:
+    """[M, K], K whole sixty-fours: of each, the four planes of what goes with packed bytes.
+
+    Code 4 q + j of it, which meets field j of byte q, comes to place 16 j + q.
+    """
+    return codes.reshape(len(codes), -1, 16, CODES_PER_BYTE).swapaxes(2, 3).reshape(codes.shape)
 
 
 def _quantized(
@@ -123,7 +131,7 @@ def _quantized_by_xla(
     scales = [scale[layer[0] if len(scale) > 1 else 0] for scale, layer in places]
     factors = [jnp.pad(factor * scale, bottom) for scale in scales]
     if layout.packing is None:
-        codes = jnp.pad(codes, (bottom, (0, layout.columns - codes.shape[1])))
+        codes = turned(jnp.pad(codes, (bottom, (0, layout.columns - codes.shape[1]))))
     else:
         codes = planes_of(codes, weights[0], layout.rows, layout.columns)
     narrow = [narrow_product(x, one) for one in small if one is not None]

@@ -44,12 +44,14 @@ class Layout:
         packing: of the weights that the codes meet, in whose planes (``triton_kernels``) they are
             written, [P, rows, columns]; None for [rows, columns].
         width: bytes of a row of weights.
+        turned: without a packing, whether each 64 codes are in the order of ``turned``.
     """
 
     rows: int
     columns: int
     packing: Packing | None
     width: int
+    turned: bool = False
 
     @property
     def planes(self) -> int:
@@ -69,6 +71,8 @@ class Layout:
 
     def index(self, token: jax.Array, at: jax.Array) -> tuple[jax.Array, ...]:
         """Where the codes ``at`` of a token lie."""
+        if self.turned:
+            at = (at & -64) | ((at & 3) << 4) | ((at >> 2) & 15)
         if self.packing is None:
             return token, at
         tokens = jnp.full(at.shape, token)
@@ -112,9 +116,9 @@ def quantize(
         mode: what runs it; not ``rocm``, where nothing rounds as exactly.
 
     Returns:
-        Codes int8 in ``layout``; their sums int32 [rows], where the layout has a packing; for each
-        matrix what multiplies a token of its product, float32 [rows]; and the narrow products side
-        by side, [M, sum of padded ranks] in x's dtype, zeros between them.
+        Codes int8 in ``layout``; their sums int32 [rows], where that has a packing or is turned;
+        for each matrix what multiplies a token of its product, float32 [rows]; and the narrow
+        products side by side, [M, sum of padded ranks] in x's dtype, zeros between them.
     """
     m = x.shape[0]
     blocks = pl.cdiv(m, tile.m)
@@ -142,9 +146,7 @@ def quantize(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
         grid=(blocks * (tile.m + many),),
-        compiler_params=plgpu.CompilerParams(
-            num_warps=_warps(block), num_stages=tile.stages
-        ),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(block), num_stages=tile.stages),
         interpret=mode == "interpret",
         name="ternary_quantize_group",
     )(x, [one.a for one in adapters], list(scales))
@@ -173,7 +175,7 @@ def narrow_product(
 
 def _warps(block: int) -> int:
     """Of a program, whose row is a block of so many codes."""
-    return 4 if block <= 4096 else 8
+    return 4 if block <= 8192 else 8
 
 
 def _quantize_row(
@@ -198,7 +200,7 @@ def _quantize_row(
     most = jnp.maximum(jnp.max(bits), _EPSILON_BITS)
     scale = scalar_reciprocal(lax.bitcast_convert_type(most, jnp.float32), mode) * 127.0
     values = jnp.clip(round_product(row, scale, mode), -128, 127)
-    if layout.packing is not None:
+    if layout.packing is not None or layout.turned:
         sums[token] = jnp.sum(values)
     factor = scalar_reciprocal(scale, mode)
     for out, (of_matrix, layer) in zip(factors, scales, strict=True):
