@@ -9,9 +9,21 @@ import numpy as np
 import pytest
 from fabric_kernels.packing import pack
 from fabric_kernels.ternary_matmul import mosaic_gpu, xla
+from fabric_kernels.ternary_matmul.mosaic_gpu_tiles import Tiles
+from fabric_kernels.ternary_matmul.triton_group import turned
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 INT32 = jnp.dtype(jnp.int32)
+TILES = [
+    Tiles(8, codes=512),
+    Tiles(16, codes=256, parts=2),
+    Tiles(64, codes=256),
+    Tiles(96, parts=3),
+    Tiles(128, parts=2),
+    Tiles(128, codes=256, parts=4),
+    Tiles(176),
+    Tiles(256),
+]
 
 
 @pytest.fixture
@@ -58,6 +70,35 @@ def test_interpreted_linear_is_that_of_xla(interpret: Any) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def test_interpreted_product_of_planes_is_exact(interpret: Any) -> None:
+    """Two tiles of tokens, an odd number of steps, outputs and inputs that are filled up."""
+    tokens, codes, weight = _problem(40, 70, 640, 3, x=-128)
+    tokens[:, ::3] = 127
+    x = jnp.asarray(tokens)
+    product = mosaic_gpu._product(  # pyright: ignore[reportPrivateUsage]
+        turned(x),
+        weight,
+        None,
+        INT32,
+        tiles=Tiles(32),
+        sums=jnp.sum(x, axis=1, dtype=jnp.int32),
+        interpret=interpret,
+    )
+    np.testing.assert_array_equal(product, _exact(tokens, codes))
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_tiles_lower(tiles: Tiles) -> None:
+    _, _, weight = _problem(300, 264, 1536, 2)
+    x = jnp.ones((300, 1536), jnp.int8)
+
+    def run(x: jax.Array, weight: TernaryWeight) -> jax.Array:
+        return mosaic_gpu._product(x, weight, None, INT32, tiles=tiles)  # pyright: ignore[reportPrivateUsage]
+
+    text = jax.jit(run).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("layers", [None, 2])
 @pytest.mark.parametrize("shape", [(1, 3, 5), (100, 130, 515), (300, 4096, 4096)])
@@ -102,6 +143,28 @@ def test_refuses_other_packings() -> None:
 def test_product_is_exact(problem: dict[str, int]) -> None:
     tokens, codes, weight = _problem(**problem)
     product = jax.jit(mosaic_gpu.matmul)(jnp.asarray(tokens), weight)
+    np.testing.assert_array_equal(product, _exact(tokens, codes))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("in_planes", [False, True])
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_tiles_are_exact(tiles: Tiles, in_planes: bool) -> None:
+    """Cut off at all ends; sums over clusters; codes as they come, and in planes that meet fields.
+
+    Of the largest codes: sums of fields and of codes are as far apart as they get.
+    """
+    tokens, codes, weight = _problem(300, 392, 1536, 2, x=-128)
+    tokens[:, ::3] = 127
+    x, sums = jnp.asarray(tokens), None
+    if in_planes:
+        x, sums = turned(x), jnp.sum(x, axis=1, dtype=jnp.int32)
+
+    def run(x: jax.Array, weight: TernaryWeight, sums: jax.Array | None) -> jax.Array:
+        return mosaic_gpu._product(x, weight, None, INT32, tiles=tiles, sums=sums)  # pyright: ignore[reportPrivateUsage]
+
+    product = jax.jit(run)(x, weight, sums)
     np.testing.assert_array_equal(product, _exact(tokens, codes))
 
 

@@ -109,8 +109,10 @@ def test_product_of_models(m: int, shape: tuple[int, int]) -> None:
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
     "tiles",
-    [Tiles(64), Tiles(112), Tiles(176), Tiles(256), Tiles(64, 2), Tiles(128, 2), Tiles(96, 3)]
-    + [Tiles(128, 4)],
+    [
+        Tiles(*sizes)
+        for sizes in ((64,), (112,), (176,), (256,), (64, 2), (128, 2), (96, 3), (128, 4))
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -158,8 +158,8 @@ def _kernel(product: Product, *refs: Any) -> None:
     layer_ref, packed_ref, x_ref = take(3)
     sums, factors = take(product.fields), take(product.scaled)
     arrays, (out_ref,) = take(2 * shared), take(1)
-    pipeline = Pipeline(*take(4), product.stages)
-    (out_smem,) = take(1)
+    packed, rows, full, empty, out_smem = take(5)
+    pipeline = Pipeline(packed, rows, full, empty, product.stages)
     warpgroup = lax.axis_index("warpgroup")
     share = None
     if product.share is not None:

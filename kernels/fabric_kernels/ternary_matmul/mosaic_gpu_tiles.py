@@ -1,12 +1,12 @@
 """How the products of ``mosaic_gpu`` are cut up."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax.experimental import pallas as pl
 
 from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import (
-    MULTIPROCESSORS,
+    AT_ONCE,
     SLOTS,
     WARPGROUPS,
     store_tokens,
@@ -21,6 +21,8 @@ PIECE_BYTES = SWIZZLE // CODES_PER_BYTE
 SHARED_BYTES = 224 << 10
 """Of the pipeline, and what the epilogue keeps; barriers have the rest."""
 MOST_STAGES = 8
+TOKENS = (8, 16, 32, 64, 96, 112, 128, 144, 160, 176, 192, 208, 224, 256)
+"""Of a block: of those that wgmma takes as columns of int8."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,29 @@ class Tiles:
 
 
 def choose_tiles(m: int, n: int, k: int) -> Tiles:
-    """Placeholder."""
-    for t in (256, 128):
-        if m >= t and pl.cdiv(m, t) * pl.cdiv(n, 128) >= MULTIPROCESSORS * 3 // 4:
-            return Tiles(t)
-    return Tiles(64)
+    """Those that take the shortest time, counting the last round of the multiprocessors."""
+    width = pl.cdiv(k, CODES_PER_BYTE)
+    # Up to 128 tokens stay together: what is unpacked for them is unpacked once.
+    least = next(tokens for tokens in TOKENS if tokens >= min(m, 128))
+    alone = [Tiles(tokens) for tokens in TOKENS if tokens >= least]
+    sizes = [(t, p) for t in (16, 32, 64, 128) for p in (2, 4) if t >= max(8 * p, least)]
+    clusters = [Tiles(tokens, parts=parts) for tokens, parts in sizes]
+    found = min(alone + clusters, key=lambda tiles: _nanoseconds(tiles, m, n, width))
+    # Few tokens leave room for long steps, whose rows of weights are whole lines of memory.
+    longest = 512 if found.tokens <= 16 else 256 if found.tokens <= 64 else SWIZZLE
+    whole = [codes for codes in (512, 256) if codes <= longest and width % (codes // 4) == 0]
+    return replace(found, codes=max(whole, default=SWIZZLE))
+
+
+def _nanoseconds(tiles: Tiles, m: int, n: int, width: int) -> float:
+    """Of a product on an H200, but for its launch (jax 0.11.2, CUDA 13).
+
+    128 codes of k take 2.5 for each token, as measured from 128 to 192 tokens, a little more with
+    256, and at least what unpacking takes. A tile takes 3000 besides and the exchange in a cluster
+    1500.
+    """
+    blocks = pl.cdiv(m, tiles.tokens) * pl.cdiv(n, tiles.width)
+    step = max(150.0 + tiles.tokens, (2.7 if tiles.tokens > 208 else 2.5) * tiles.tokens)
+    ends = 3000.0 + 1500.0 * (tiles.parts > 1)
+    rounds = pl.cdiv(blocks, AT_ONCE[tiles.parts])
+    return rounds * (tiles.steps(width) * step + ends)
