@@ -2,12 +2,12 @@
 
 The roles are swapped, ``y^T[N, M] = codes[N, K] · x[M, K]^T``: wgmma takes its first operand from
 registers, so packed bytes go from shared memory to registers and become int8 codes there, and
-unpacked weights are never stored. The second operand, the tokens, comes from shared memory in rows
-of k, as the quantiser wrote them: no permutation, and no offset to take off.
+unpacked weights are never stored. The second operand, the tokens, comes from shared memory.
 
-One warpgroup copies, the others unpack and multiply: while one of them unpacks, the products of the
-other run. Layouts of fragments: PTX ISA 9.7.15.5, wgmma m64nNk32 of .s8. Weights as the register
-operand: the idea of the mixed-type kernels for this chip (Machete; JAX's and tokamax's).
+Two kernels: for codes in planes (``mosaic_gpu_planes``) and for codes in rows of k, any number of
+tokens and what adapters add (``mosaic_gpu_rows``). Layouts of fragments: PTX ISA 9.7.15.5, wgmma
+m64nNk32 of .s8. Weights as the register operand: the idea of the mixed-type kernels for this chip
+(Machete; JAX's and tokamax's).
 """
 
 from collections.abc import Sequence
@@ -21,25 +21,30 @@ from jax.experimental import pallas as pl
 from fabric_kernels.absmax import scale_sums
 from fabric_kernels.low_rank import LowRank
 from fabric_kernels.packing import CODES_PER_BYTE
-from fabric_kernels.ternary_matmul import mosaic_gpu_share, mosaic_gpu_transposed, triton, xla
-from fabric_kernels.ternary_matmul.mosaic_gpu_kernel import make_call
-from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import TILE_ROWS
-from fabric_kernels.ternary_matmul.mosaic_gpu_share import Share
-from fabric_kernels.ternary_matmul.mosaic_gpu_tiles import (
-    PIECE_BYTES,
-    SWIZZLE,
-    Tiles,
-    choose_tiles,
+from fabric_kernels.ternary_matmul import (
+    mosaic_gpu_planes,
+    mosaic_gpu_planes_tiles,
+    mosaic_gpu_rows,
+    mosaic_gpu_rows_tiles,
+    mosaic_gpu_share,
+    mosaic_gpu_transposed,
+    triton,
+    xla,
 )
+from fabric_kernels.ternary_matmul.mosaic_gpu_rows_tiles import PIECE_BYTES
 from fabric_kernels.ternary_matmul.triton_group import (
     adapter_gradients,
     add_shares,
     narrow_gradients,
+    quantized_planes,
     quantized_rows,
 )
 from fabric_kernels.ternary_matmul.triton_group import kept_narrow as kept_narrow
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
+MOST_IN_PLANES = 1024
+"""Up to so many tokens, and without adapters, codes go in planes: where that has been timed. On an
+H200 a product then took about two thirds of the time of one of rows, at 128 and at 1024 tokens."""
 LEAST_TOKENS = 128
 """From so many on the backward product is a kernel of this module too; Triton's divides the outputs
 of a matrix among programs, so that few tokens occupy the GPU."""
@@ -50,7 +55,8 @@ UNPACKED_TOKENS = 1024
 def matmul(x: jax.Array, weight: TernaryWeight, *, interpret: Any = None) -> jax.Array:
     """``x[..., k] · codes[n, k]^T`` of int8 ``x``, exact in int32."""
     rows = x.reshape(-1, weight.k)
-    y = _product(rows, weight, None, jnp.dtype(jnp.int32), interpret=interpret)
+    _check_packing(weight)
+    y = mosaic_gpu_rows.product(rows, weight, None, jnp.dtype(jnp.int32), interpret=interpret)
     return y.reshape(*x.shape[:-1], weight.n)
 
 
@@ -67,7 +73,8 @@ def scaled(
         return scale_sums(matmul(codes, weight), act_scale, weight.single().scale).astype(dtype)
     rows = codes.reshape(-1, weight.k)
     factor = ((1.0 / act_scale) * weight.single().scale).reshape(-1)
-    y = _product(rows, weight, factor, dtype, interpret=interpret)
+    _check_packing(weight)
+    y = mosaic_gpu_rows.product(rows, weight, factor, dtype, interpret=interpret)
     return y.reshape(*codes.shape[:-1], weight.n)
 
 
@@ -99,31 +106,59 @@ def linear_with_adapters(
         return triton.linear_with_adapters(x, weights, adapters)
     rows, leading, own = x.reshape(-1, x.shape[-1]), x.shape[:-1], tuple(adapters)
     dtype = x.dtype if x.dtype in (jnp.bfloat16, jnp.float32) else jnp.dtype(jnp.float32)
-    tokens = max(choose_tiles(len(rows), weight.n, weight.k).tokens for weight in weights)
-    width = max(PIECE_BYTES * 2, _up(weights[0].packed.shape[-1], PIECE_BYTES))
-    codes, sums, factors, narrow = quantized_rows(
-        rows, tuple(weights), own, _up(len(rows), tokens), CODES_PER_BYTE * width
-    )
-    shares = mosaic_gpu_share.shares_of(narrow, own, dtype)
-    outputs = [
-        _product(
-            codes,
-            weight,
-            factor,
-            dtype,
-            m=len(rows),
-            share=share,
-            sums=sums,
-            interpret=interpret,
-        )
-        for weight, factor, share in zip(weights, factors, shares, strict=True)
-    ]
-    added = any(share is not None for share in shares)
-    outputs, kept = add_shares(rows, outputs, own, narrow, added=added)
+    if len(rows) <= MOST_IN_PLANES and all(adapter is None for adapter in own):
+        outputs, kept = _of_planes(rows, tuple(weights), dtype, interpret)
+    else:
+        outputs, kept = _of_rows(rows, tuple(weights), own, dtype, interpret)
     return (
         tuple(y.reshape(*leading, y.shape[-1]) for y in outputs),
         tuple(u.reshape(*leading, u.shape[-1]) for u in kept),
     )
+
+
+def _of_planes(
+    rows: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype, interpret: Any
+) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+    """Products of codes in planes, and the narrow products of no adapter."""
+    choose = mosaic_gpu_planes_tiles.choose_tiles
+    tokens = max(choose(len(rows), weight.n, weight.k).tokens for weight in weights)
+    codes, sums, factors = quantized_planes(rows, weights, *_codes_shape(rows, weights, tokens))
+    outputs = [
+        mosaic_gpu_planes.product(
+            codes, sums, weight, factor, dtype, m=len(rows), interpret=interpret
+        ).astype(rows.dtype)
+        for weight, factor in zip(weights, factors, strict=True)
+    ]
+    return outputs, kept_narrow(rows, ())
+
+
+def _of_rows(
+    rows: jax.Array,
+    weights: tuple[TernaryWeight, ...],
+    adapters: tuple[LowRank | None, ...],
+    dtype: jnp.dtype,
+    interpret: Any,
+) -> tuple[list[jax.Array], Sequence[jax.Array]]:
+    """Products of codes in rows with shares added, and narrow ones."""
+    choose = mosaic_gpu_rows_tiles.choose_tiles
+    tokens = max(choose(len(rows), weight.n).tokens for weight in weights)
+    shape = _codes_shape(rows, weights, tokens)
+    codes, factors, narrow = quantized_rows(rows, weights, adapters, *shape)
+    shares = mosaic_gpu_share.shares_of(narrow, adapters, dtype)
+    outputs = [
+        mosaic_gpu_rows.product(
+            codes, weight, factor, dtype, m=len(rows), share=share, interpret=interpret
+        )
+        for weight, factor, share in zip(weights, factors, shares, strict=True)
+    ]
+    added = any(share is not None for share in shares)
+    return add_shares(rows, outputs, adapters, narrow, added=added)
+
+
+def _codes_shape(rows: jax.Array, weights: Sequence[TernaryWeight], tokens: int) -> tuple[int, int]:
+    """Of the codes, so that no product in tiles of up to so many tokens pads them."""
+    width = max(PIECE_BYTES * 2, _up(weights[0].packed.shape[-1], PIECE_BYTES))
+    return _up(len(rows), tokens), CODES_PER_BYTE * width
 
 
 def linear_transposed(
@@ -205,49 +240,6 @@ def _rows(g: jax.Array) -> int:
     return g.size // max(g.shape[-1], 1)
 
 
-def _product(
-    x: jax.Array,
-    weight: TernaryWeight,
-    factor: jax.Array | None,
-    dtype: jnp.dtype,
-    *,
-    m: int | None = None,
-    tiles: Tiles | None = None,
-    share: Share | None = None,
-    sums: jax.Array | None = None,
-    interpret: Any = None,
-) -> jax.Array:
-    """[m, N] in ``dtype``: the int32 product of ``x`` int8 [M, K], times ``factor`` f32 [M].
-
-    A share, which wants a factor, is added. M and K may be more than there are tokens and inputs,
-    with zeros past those inputs. With ``sums`` int32 [M], those of each row, the rows are
-    ``turned`` and meet fields in place of codes: less to unpack.
-    """
-    _check_packing(weight)
-    m, n = m or x.shape[0], weight.n
-    tiles = tiles or choose_tiles(m, n, weight.k)
-    rows, outputs = _up(m, TILE_ROWS), _up(n, max(TILE_ROWS, SWIZZLE // dtype.itemsize))
-    if interpret:  # which has no tiles that end past an array, and no clusters
-        tiles = replace(tiles, parts=1)
-        rows, outputs = _up(m, tiles.tokens), _up(n, tiles.width)
-    packed, layer = _aligned(weight, tiles, outputs if interpret else n)
-    right = CODES_PER_BYTE * packed.shape[2] - x.shape[1]
-    below = max(rows, tiles.tokens) - x.shape[0]
-    x = jnp.pad(x, ((0, max(0, below)), (0, max(0, right))))
-    operands = [layer, packed, x]
-    if sums is not None:
-        operands.append(jnp.pad(sums, (0, max(0, _up(rows, tiles.tokens) - len(sums)))))
-    if factor is not None:
-        operands.append(jnp.pad(factor, (0, max(0, _up(rows, tiles.tokens) - len(factor)))))
-    if share is not None:
-        right = max(tiles.width, _up(n, mosaic_gpu_share.RANK)) - n
-        operands.append(jnp.pad(share.narrow, ((0, max(rows, tiles.stored) - m), (0, 0))))
-        operands.append(jnp.pad(share.b, ((0, 0), (0, right))))
-    extra = sums is not None, factor is not None, None if share is None else share.start
-    call = make_call(tiles, (rows, outputs), packed.shape[2], dtype, extra, interpret)
-    return call(*operands)[:m, :n]
-
-
 def _check_packing(weight: TernaryWeight) -> None:
     if weight.packing != "ternary2":
         raise ValueError(f"the Mosaic GPU kernel reads ternary2, found {weight.packing}")
@@ -255,21 +247,3 @@ def _check_packing(weight: TernaryWeight) -> None:
 
 def _up(size: int, multiple: int) -> int:
     return pl.cdiv(size, multiple) * multiple
-
-
-def _aligned(weight: TernaryWeight, tiles: Tiles, outputs: int) -> tuple[jax.Array, jax.Array]:
-    """The stack uint8 [L, N, W] and the layer int32 [1].
-
-    The stack itself where it is whole tiles of shared memory (8 rows, 32 bytes), at least one
-    block and ``outputs`` rows; otherwise a padded copy of the layer. Padding meets zeros of x, or
-    makes outputs that are cut off.
-    """
-    n, width = weight.packed.shape[-2:]
-    pad_n = max(tiles.width, _up(outputs, TILE_ROWS)) - n
-    pad_width = max(tiles.bytes, _up(width, PIECE_BYTES)) - width
-    if pad_n == 0 and pad_width == 0:
-        if weight.layer is None:
-            return weight.packed[None], jnp.zeros((1,), jnp.int32)
-        return weight.packed, weight.layer.astype(jnp.int32).reshape(1)
-    packed = jnp.pad(weight.single().packed, ((0, pad_n), (0, pad_width)))
-    return packed[None], jnp.zeros((1,), jnp.int32)

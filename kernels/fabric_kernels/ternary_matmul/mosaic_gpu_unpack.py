@@ -1,11 +1,12 @@
-"""Packed bytes in shared memory to codes in the registers of a warp, at the level of the compiler.
+"""Packed bytes to codes or fields in the registers of a warp, at the level of the compiler.
 
 A fragment of wgmma's 8-bit operand gives lane t of each four the columns 4t..4t+3 of every 16, as
 one 32-bit register. Loaded in that layout, 16 packed bytes leave lane t with bytes 4t..4t+3; but
 the codes of its columns in the four blocks of 16 that the bytes stand for are in bytes t, 4+t, 8+t
 and 12+t. So the four lanes transpose their bytes, and each lane then spreads a byte to a register.
 For four registers that takes 2 shuffles, 10 byte permutations (``prmt``, 4 of them as the table
-that makes -1, 0, 1 of 0, 1, 2), 2 masks and 3 shifts.
+that makes -1, 0, 1 of 0, 1, 2), 2 masks and 3 shifts. Where what meets the codes lies in planes, 4
+masks and 3 shifts are all (:func:`fragment_fields`).
 """
 
 from itertools import product
@@ -15,29 +16,50 @@ CODES_OF_FIELDS = 0x000100FF
 """Byte i is the code that the field i stands for."""
 
 
-def fragment_codes(packed: Any, shape: tuple[int, int], piece: int, *, fields: bool = False) -> Any:
-    """Packed bytes to int8 codes, a ``FragmentedArray`` in ``WGMMA_8BIT``.
+def fragment_codes(fragment: Any, shape: tuple[int, int]) -> Any:
+    """uint8 [R, B] as a ``FragmentedArray`` in ``WGMMA_8BIT`` to int8 [R, 4 B] in the same."""
+    # Imported here: they are of the compiler, and not on every platform that imports the kernels.
+    import numpy as np
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+
+    word = ir.IntegerType.get_signless(32)
+    lane = arith.remui(mgpu.utils.thread_idx(), constant(4))
+    high = arith.cmpi(arith.CmpIPredicate.uge, lane, constant(2))
+    odd = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane, constant(2)), constant(1))
+    pairs = arith.select(high, constant(0x3276), constant(0x5410))
+    singles = arith.select(odd, constant(0x3715), constant(0x6240))
+
+    registers = np.empty(fragment.layout.registers_shape(shape), dtype=object)
+    for index, register in np.ndenumerate(fragment.registers):
+        own = mgpu.utils.bitcast(register, word)
+        own = mgpu.utils.prmt(own, mgpu.utils.shfl_bfly(own, 2), pairs)
+        own = mgpu.utils.prmt(own, mgpu.utils.shfl_bfly(own, 1), singles)
+        for byte, codes in enumerate(_spread(own)):
+            place = (index[0], 4 * index[1] + byte, *index[2:])
+            registers[place] = mgpu.utils.bitcast(codes, register.type)
+    return mgpu.FragmentedArray(_registers=registers, _layout=fragment.layout, _is_signed=True)
+
+
+def fragment_fields(packed: Any, shape: tuple[int, int], piece: int) -> Any:
+    """Packed bytes in shared memory to fields, codes plus one, int8 in ``WGMMA_8BIT``.
+
+    Those of each 16 bytes in planes, the first fields of all first: what a lane has of 16 bytes are
+    its own four registers then, by masks.
 
     Args:
         packed: uint8 [2 R, B] of both warpgroups, B up to 128; tiles [R / 4, 1, 8, B] swizzled by
             B bytes.
-        shape: [R, 128], of a warpgroup's codes.
+        shape: [R, 128], of a warpgroup's fields.
         piece: which 32 of the bytes.
-        fields: whether the rows have the fields of each 16 bytes in planes, the first of all
-            first: what a lane has of 16 bytes are its own four registers then, by masks.
     """
     import numpy as np
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
+    from jaxlib.mlir.dialects import llvm
 
     word = ir.IntegerType.get_signless(32)
-    lane = masked(mgpu.utils.thread_idx(), 0, 3)
-    high = arith.cmpi(arith.CmpIPredicate.uge, lane, constant(2))
-    odd = arith.cmpi(arith.CmpIPredicate.eq, masked(lane, 0, 1), constant(1))
-    pairs = arith.select(high, constant(0x3276), constant(0x5410))
-    singles = arith.select(odd, constant(0x3715), constant(0x6240))
-
     width = ir.MemRefType(packed.type).shape[-1]
     rows = _fragment_rows(packed, shape[0], width)
     layout = mgpu.WGMMA_LAYOUT_8BIT
@@ -50,14 +72,8 @@ def fragment_codes(packed: Any, shape: tuple[int, int], piece: int, *, fields: b
             own: Any = llvm.inline_asm(
                 word, [address], "ld.shared.b32 $0, [$1];", "=r,r,~{memory}", has_side_effects=True
             )
-            if fields:
-                words = _planes(own)
-            else:
-                own = mgpu.utils.prmt(own, mgpu.utils.shfl_bfly(own, 2), pairs)
-                own = mgpu.utils.prmt(own, mgpu.utils.shfl_bfly(own, 1), singles)
-                words = _spread(own)
-            for byte, codes in enumerate(words):
-                flat[block, 4 * i + byte, half] = mgpu.utils.bitcast(codes, register_type)
+            for byte, fields in enumerate(_planes(own)):
+                flat[block, 4 * i + byte, half] = mgpu.utils.bitcast(fields, register_type)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
 

@@ -83,18 +83,31 @@ def linear_group(
 
 def quantized_rows(
     x: jax.Array, weights: Weights, adapters: Adapters, rows: int, columns: int
-) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array]:
-    """Codes, their sums int32 [rows], a factor [rows] for each matrix, and narrow products.
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """Codes int8 [rows, columns], zeros past K; a factor [rows] for each matrix; narrow products.
 
-    Codes are int8 [rows, columns], zeros past K, each 64 of them :func:`turned`. Rows past those of
-    ``x`` [M, K] may be anything. Narrow are those of adapters up to ``MAX_RANK``.
+    Rows past those of ``x`` [M, K] may be anything. Narrow are those of adapters up to
+    ``MAX_RANK``.
     """
 
     def call(x: jax.Array, weights: Weights, small: Adapters, *, mode: Mode) -> Any:
-        layout = group_kernels()[0].Layout(rows, columns, None, width_of(weights[0]), turned=True)
-        return _quantized(x, weights, small, layout, mode)
+        layout = group_kernels()[0].Layout(rows, columns, None, width_of(weights[0]))
+        codes, _, factors, narrow = _quantized(x, weights, small, layout, mode)
+        return codes, factors, narrow
 
     return on_platform(call, x, weights, _small(adapters))
+
+
+def quantized_planes(
+    x: jax.Array, weights: Weights, rows: int, columns: int
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """Those codes, each 64 of a row :func:`turned`; their sums int32 [rows]; and the factors."""
+
+    def call(x: jax.Array, weights: Weights, *, mode: Mode) -> Any:
+        layout = group_kernels()[0].Layout(rows, columns, None, width_of(weights[0]), turned=True)
+        return _quantized(x, weights, (), layout, mode)[:3]
+
+    return on_platform(call, x, weights)
 
 
 def turned(codes: jax.Array) -> jax.Array:
@@ -131,7 +144,8 @@ def _quantized_by_xla(
     scales = [scale[layer[0] if len(scale) > 1 else 0] for scale, layer in places]
     factors = [jnp.pad(factor * scale, bottom) for scale in scales]
     if layout.packing is None:
-        codes = turned(jnp.pad(codes, (bottom, (0, layout.columns - codes.shape[1]))))
+        codes = jnp.pad(codes, (bottom, (0, layout.columns - codes.shape[1])))
+        codes = turned(codes) if layout.turned else codes
     else:
         codes = planes_of(codes, weights[0], layout.rows, layout.columns)
     narrow = [narrow_product(x, one) for one in small if one is not None]

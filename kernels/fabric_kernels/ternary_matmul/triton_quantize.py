@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -31,8 +30,6 @@ from fabric_kernels.ternary_matmul.triton_kernels import (
 from fabric_kernels.triton_call import Mode
 from fabric_kernels.triton_exact import round_product, scalar_reciprocal
 
-_EPSILON_BITS = int(np.float32(EPSILON).view(np.int32))
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -44,7 +41,8 @@ class Layout:
         packing: of the weights that the codes meet, in whose planes (``triton_kernels``) they are
             written, [P, rows, columns]; None for [rows, columns].
         width: bytes of a row of weights.
-        turned: without a packing, whether each 64 codes are in the order of ``turned``.
+        turned: without a packing, whether each 64 codes of a row are in planes
+            (``triton_group.turned``).
     """
 
     rows: int
@@ -116,9 +114,9 @@ def quantize(
         mode: what runs it; not ``rocm``, where nothing rounds as exactly.
 
     Returns:
-        Codes int8 in ``layout``; their sums int32 [rows], where that has a packing or is turned;
-        for each matrix what multiplies a token of its product, float32 [rows]; and the narrow
-        products side by side, [M, sum of padded ranks] in x's dtype, zeros between them.
+        Codes int8 in ``layout``; their sums int32 [rows]; for each matrix what multiplies a token
+        of its product, float32 [rows]; and the narrow products side by side, [M, sum of padded
+        ranks] in x's dtype, zeros between them.
     """
     m = x.shape[0]
     blocks = pl.cdiv(m, tile.m)
@@ -146,7 +144,9 @@ def quantize(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
         grid=(blocks * (tile.m + many),),
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(block), num_stages=tile.stages),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=4 if block <= 4096 else 8, num_stages=tile.stages
+        ),
         interpret=mode == "interpret",
         name="ternary_quantize_group",
     )(x, [one.a for one in adapters], list(scales))
@@ -173,11 +173,6 @@ def narrow_product(
     out.store(lax.fori_loop(0, pl.cdiv(x.shape[1], tile.k), step, zero) * scale, row)
 
 
-def _warps(block: int) -> int:
-    """Of a program, whose row is a block of so many codes."""
-    return 4 if block <= 8192 else 8
-
-
 def _quantize_row(
     x: Ref,
     scales: Sequence[tuple[Ref, Ref]],
@@ -194,15 +189,12 @@ def _quantize_row(
     inside = None if k == block else at < k
     other = None if k == block else jnp.zeros((), x.dtype)
     row = plgpu.load(x.at[token, at], mask=inside, other=other).astype(jnp.float32)
-    # Bits of magnitudes are ordered as these are, and what is not a number is above them all, where
-    # a maximum of floats would leave it out.
-    bits = lax.bitcast_convert_type(jnp.abs(row), jnp.int32)
-    most = jnp.maximum(jnp.max(bits), _EPSILON_BITS)
-    scale = scalar_reciprocal(lax.bitcast_convert_type(most, jnp.float32), mode) * 127.0
+    largest = jnp.maximum(jnp.max(jnp.abs(row)), EPSILON)
+    scale = scalar_reciprocal(largest, mode) * 127.0
     values = jnp.clip(round_product(row, scale, mode), -128, 127)
-    if layout.packing is not None or layout.turned:
-        sums[token] = jnp.sum(values)
-    factor = scalar_reciprocal(scale, mode)
+    sums[token] = jnp.sum(values)
+    # The largest of a row leaves out what is not a number: it becomes visible here.
+    factor = scalar_reciprocal(scale, mode) + jnp.sum(row * 0.0)
     for out, (of_matrix, layer) in zip(factors, scales, strict=True):
         out[token] = factor * scale_at(of_matrix, layer[0])
     mask = None if layout.written == block else at < layout.written

@@ -1,13 +1,18 @@
-"""The kernel of ``mosaic_gpu``: ``y^T[N, M] = codes[N, K] · x[M, K]^T`` by tiles of the output.
+"""Products of codes in planes, of up to some hundreds of tokens, where tiles are hard to fill.
+
+``y^T[N, M] = codes[N, K] · x[M, K]^T`` by tiles of the output. What goes with 16 packed bytes lies
+in planes, one for each field of a byte, so that masks of a packed word are the register operand: of
+fields, which are codes plus one, and a token's sum is taken from its products.
 
 One warpgroup of a block copies, for all its tiles in turn; two unpack and multiply, each its own
 outputs. While the products of a step run, the next step is unpacked: registers of an operand may
-not be written before its product is done, so steps take turns at two sets of them.
+not be written before its product is done, so steps take turns at two sets of them. Blocks of a
+cluster may divide the sums of a tile (``mosaic_gpu_cluster``).
 """
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -18,11 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
-from fabric_kernels.ternary_matmul import mosaic_gpu_cluster, mosaic_gpu_share
+from fabric_kernels.ternary_matmul import mosaic_gpu_cluster
 from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import (
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
     SLOTS,
+    TILE_ROWS,
     WARPGROUPS,
     Blocks,
     Pipeline,
@@ -30,9 +36,14 @@ from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import (
     store_tokens,
     transforms,
 )
-from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands
-from fabric_kernels.ternary_matmul.mosaic_gpu_tiles import PIECE_BYTES, SWIZZLE, Tiles
-from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_codes
+from fabric_kernels.ternary_matmul.mosaic_gpu_planes_tiles import (
+    PIECE_BYTES,
+    SWIZZLE,
+    Tiles,
+    choose_tiles,
+)
+from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_fields
+from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 
 @dataclass(frozen=True)
@@ -44,10 +55,7 @@ class Product:
         blocks: which of them a block has.
         steps: of a tile in a block.
         stages: of them in shared memory.
-        fields: whether activations are turned and meet fields, which are codes plus one; what
-            that adds to a token's products is its sum.
         scaled: whether products are multiplied by a factor.
-        share: the first column of narrow products that are added with B, or None.
         interpret: whether interpret mode runs it.
     """
 
@@ -55,37 +63,92 @@ class Product:
     blocks: Blocks
     steps: int
     stages: int
-    fields: bool
     scaled: bool
-    share: int | None
     interpret: bool
 
 
-def make_call(
+def product(
+    x: jax.Array,
+    sums: jax.Array,
+    weight: TernaryWeight,
+    factor: jax.Array | None,
+    dtype: jnp.dtype,
+    *,
+    m: int | None = None,
+    tiles: Tiles | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """[m, N] in ``dtype``: the int32 product of ``x`` int8 [M, K], times ``factor`` f32 [M].
+
+    M and K may be more than there are tokens and inputs, with zeros past those inputs.
+
+    Args:
+        x: codes, each 64 of a row in planes (``triton_group.turned``).
+        sums: int32 [M], of each row.
+        weight: ``ternary2``.
+        factor: what products are multiplied with, or None.
+        dtype: of the result.
+        m: tokens, where they are fewer than M.
+        tiles: sizes; chosen where None.
+        interpret: parameters of interpret mode.
+    """
+    assert weight.packing == "ternary2", "the caller has looked"
+    m, n = m or x.shape[0], weight.n
+    tiles = tiles or choose_tiles(m, n, weight.k)
+    rows, outputs = _up(m, TILE_ROWS), _up(n, max(TILE_ROWS, SWIZZLE // dtype.itemsize))
+    if interpret:  # which has no tiles that end past an array, and no clusters
+        tiles = replace(tiles, parts=1)
+        rows, outputs = _up(m, tiles.tokens), _up(n, tiles.width)
+    packed, layer = _aligned(weight, tiles, outputs if interpret else n)
+    right = CODES_PER_BYTE * packed.shape[2] - x.shape[1]
+    below = max(rows, tiles.tokens) - x.shape[0]
+    x = jnp.pad(x, ((0, max(0, below)), (0, max(0, right))))
+    operands = [layer, packed, x]
+    for of_tokens in (sums,) if factor is None else (sums, factor):
+        operands.append(jnp.pad(of_tokens, (0, max(0, _up(rows, tiles.tokens) - len(of_tokens)))))
+    width, scaled = packed.shape[2], factor is not None
+    call = _call(tiles, (rows, outputs), width, dtype, interpret, scaled=scaled)
+    return call(*operands)[:m, :n]
+
+
+def _up(size: int, multiple: int) -> int:
+    return pl.cdiv(size, multiple) * multiple
+
+
+def _aligned(weight: TernaryWeight, tiles: Tiles, outputs: int) -> tuple[jax.Array, jax.Array]:
+    """The stack uint8 [L, N, W] and the layer int32 [1].
+
+    The stack itself where it is whole tiles of shared memory (8 rows, 32 bytes), at least one
+    block and ``outputs`` rows; otherwise a padded copy of the layer. Padding meets zeros of x, or
+    makes outputs that are cut off.
+    """
+    n, width = weight.packed.shape[-2:]
+    pad_n = max(tiles.width, _up(outputs, TILE_ROWS)) - n
+    pad_width = max(tiles.bytes, _up(width, PIECE_BYTES)) - width
+    if pad_n == 0 and pad_width == 0:
+        if weight.layer is None:
+            return weight.packed[None], jnp.zeros((1,), jnp.int32)
+        return weight.packed, weight.layer.astype(jnp.int32).reshape(1)
+    packed = jnp.pad(weight.single().packed, ((0, pad_n), (0, pad_width)))
+    return packed[None], jnp.zeros((1,), jnp.int32)
+
+
+def _call(
     tiles: Tiles,
     shape: tuple[int, int],
     width: int,
     dtype: jnp.dtype,
-    extra: tuple[bool, bool, int | None],
     interpret: Any,
+    *,
+    scaled: bool,
 ) -> Callable[..., jax.Array]:
-    """The kernel as a function of layer, stack, activations and what is ``extra``.
+    """The kernel as a function of layer, stack [L, N, width], activations, sums, and factors.
 
-    These are sums, factors, and narrow products, from one of their columns on, with B.
-
-    Args:
-        tiles: sizes.
-        shape: of the output, [M, N].
-        width: packed bytes of a row.
-        dtype: of the output.
-        extra: whether there are sums and factors, and the first column of a share.
-        interpret: parameters of interpret mode.
+    Factors where it is ``scaled``; ``shape`` is of the output, [M, N].
     """
-    own = WARPGROUPS, tiles.stored, tiles.outputs
-    other = 0 if extra[2] is None else mosaic_gpu_share.scratch_bytes(*own)
-    stages = tiles.stages(dtype.itemsize, other)
+    stages = tiles.stages(dtype.itemsize)
     blocks = Blocks(shape, tiles.tokens, tiles.width, tiles.parts)
-    product = Product(tiles, blocks, tiles.steps(width), stages, *extra, bool(interpret))
+    product = Product(tiles, blocks, tiles.steps(width), stages, scaled, bool(interpret))
     rows = transforms(SWIZZLE, 1)
     scratch: list[Any] = [
         plgpu.SMEM(
@@ -99,8 +162,6 @@ def make_call(
             transforms=transforms(SWIZZLE, dtype.itemsize),
         ),
     ]
-    if extra[2] is not None:
-        scratch += mosaic_gpu_share.scratch(*own)
     if tiles.parts > 1:
         sizes = tiles.parts, tiles.outputs, tiles.tokens
         scratch.append(mosaic_gpu_cluster.scratch(*sizes, jnp.int32))
@@ -130,43 +191,36 @@ class Memory:
     Attributes:
         out: of the output, in device memory.
         out_smem: stores under way, [warpgroups, slots, tokens, outputs].
-        sums: none or one array of what is taken from the products of each token.
+        sums: what is taken from the products of each token.
         factors: none or one array of what multiplies them then.
-        share: the operands of a share, or None.
         received: none or one array of what other blocks of the cluster send.
         stand_ins: operands of products in interpret mode, otherwise none.
     """
 
     out: Any
     out_smem: Any
-    sums: Sequence[Any]
+    sums: Any
     factors: Sequence[Any]
-    share: Operands | None
     received: Sequence[Any]
     stand_ins: Sequence[Any]
 
 
 def _kernel(product: Product, *refs: Any) -> None:
     """Every block: its tiles of the output in turn, copied for by one warpgroup."""
-    tiles, shared, rest = product.tiles, product.share is not None, list(refs)
+    tiles, rest = product.tiles, list(refs)
 
     def take(count: int) -> list[Any]:
         found = rest[:count]
         del rest[:count]
         return found
 
-    layer_ref, packed_ref, x_ref = take(3)
-    sums, factors = take(product.fields), take(product.scaled)
-    arrays, (out_ref,) = take(2 * shared), take(1)
+    layer_ref, packed_ref, x_ref, sums_ref = take(4)
+    factors, (out_ref,) = take(product.scaled), take(1)
     packed, rows, full, empty, out_smem = take(5)
     pipeline = Pipeline(packed, rows, full, empty, product.stages)
     warpgroup = lax.axis_index("warpgroup")
-    share = None
-    if product.share is not None:
-        places = [ref.at[warpgroup] for ref in take(3)]
-        share = Operands(*arrays, *places, start=product.share)
     received = take(tiles.parts > 1)
-    memory = Memory(out_ref, out_smem, sums, factors, share, received, rest)
+    memory = Memory(out_ref, out_smem, sums_ref, factors, received, rest)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
@@ -219,12 +273,10 @@ def _multiply(
     token: jax.Array,
     column: jax.Array,
 ) -> None:
-    """A tile of the output: its sums, over the cluster, scaled, the share added, stored."""
+    """A tile of the output: its sums, over the cluster, scaled, stored."""
     tiles = product.tiles
     output = column * tiles.width + lax.axis_index("warpgroup") * tiles.outputs
     token = token + product.blocks.part * tiles.stored
-    if memory.share is not None:
-        memory.share.copy(token, output)
 
     def run(acc_ref: Any) -> jax.Array:
         _accumulate(product, pipeline, memory.stand_ins, count, acc_ref)
@@ -253,9 +305,9 @@ def _accumulate(
             if stand_ins:
                 own = [ref.at[warpgroup] for ref in stand_ins]
                 part = packed[rows, pl.ds(piece * PIECE_BYTES, PIECE_BYTES)]
-                _interpreted_product(product, acc_ref, part, codes[...], *own)
+                _interpreted_product(acc_ref, part, codes[...], *own)
             else:
-                unpacked = _unpack(packed, piece, product)
+                unpacked = _unpack(packed, piece, tiles)
                 plgpu.wgmma(acc_ref, unpacked, codes.transpose((1, 0)))
         # All but this step's products are done: the place of the step before is free.
         plgpu.wgmma_wait(pieces)
@@ -277,56 +329,42 @@ def _accumulate(
     plgpu.barrier_arrive(pipeline.empty.at[pipeline.slot(count + steps - 1)])
 
 
-def _unpack(packed_ref: Any, piece: int, product: Product) -> jax.Array:
-    """A piece of this warpgroup's codes, [outputs, 128] int8, of a step [width, bytes]."""
-    layout, tiles = plgpu.Layout.WGMMA_8BIT, product.tiles
-    shape = (tiles.outputs, SWIZZLE)
+def _unpack(packed_ref: Any, piece: int, tiles: Tiles) -> jax.Array:
+    """A piece of this warpgroup's fields, [outputs, 128] int8, of a step [width, bytes]."""
+    layout, shape = plgpu.Layout.WGMMA_8BIT, (tiles.outputs, SWIZZLE)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(transforms(tiles.bytes, 1)),),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout),
     )
-    def codes(_: Any, ref: Any) -> Any:
-        return fragment_codes(ref, shape, piece, fields=product.fields)
+    def fields(_: Any, ref: Any) -> Any:
+        return fragment_fields(ref, shape, piece)
 
-    return cast("Callable[[Any], jax.Array]", codes)(packed_ref)
+    return cast("Callable[[Any], jax.Array]", fields)(packed_ref)
 
 
 def _interpreted_product(
-    product: Product,
-    acc_ref: Any,
-    packed: jax.Array,
-    codes: jax.Array,
-    unpacked_smem: Any,
-    codes_smem: Any,
+    acc_ref: Any, packed: jax.Array, codes: jax.Array, fields_smem: Any, codes_smem: Any
 ) -> None:
     """The product of what ``_unpack`` makes; interpret mode takes whole references only."""
-    unpacked = unpack_ternary2(packed, packed.shape[1] * CODES_PER_BYTE)
-    if product.fields:
-        unpacked = (unpacked + 1).reshape(len(packed), -1, 16, CODES_PER_BYTE).swapaxes(2, 3)
-    unpacked_smem[...] = unpacked.reshape(unpacked_smem.shape)
+    fields = unpack_ternary2(packed, packed.shape[1] * CODES_PER_BYTE) + 1
+    planes = fields.reshape(len(packed), -1, 16, CODES_PER_BYTE).swapaxes(2, 3)
+    fields_smem[...] = planes.reshape(fields_smem.shape)
     codes_smem[...] = codes.T
-    plgpu.wgmma(acc_ref, unpacked_smem, codes_smem)
+    plgpu.wgmma(acc_ref, fields_smem, codes_smem)
 
 
 def _store(
     product: Product, memory: Memory, acc: jax.Array, token: jax.Array, output: jax.Array
 ) -> None:
-    """Scales ``acc`` int32 [outputs, tokens], adds the share and writes it, transposed."""
-    interpret, sums, factors = product.interpret, memory.sums, memory.factors
+    """Takes sums from ``acc`` int32 [outputs, tokens], scales it and writes it, transposed."""
+    interpret = product.interpret
     own, store = memory.out_smem.at[lax.axis_index("warpgroup")], memory.out_smem.shape[2]
-    if memory.share is not None:
-        for ref in sums:
-            acc = acc - _of_tokens(ref.at[pl.ds(token, acc.shape[1])], acc.shape, interpret)
-        factor = _of_tokens(factors[0].at[pl.ds(token, acc.shape[1])], acc.shape, interpret)
-        acc = memory.share.add(acc.astype(jnp.float32) * factor, interpret=interpret)
-        sums = factors = ()
     for part in range(acc.shape[1] // store):
         tokens = pl.ds(token + part * store, store)
         values = acc[:, part * store : (part + 1) * store]
-        for ref in sums:
-            values = values - _of_tokens(ref.at[tokens], values.shape, interpret)
-        for ref in factors:
+        values = values - _of_tokens(memory.sums.at[tokens], values.shape, interpret)
+        for ref in memory.factors:
             factor = _of_tokens(ref.at[tokens], values.shape, interpret)
             values = values.astype(jnp.float32) * factor
         values = values.astype(memory.out.dtype)

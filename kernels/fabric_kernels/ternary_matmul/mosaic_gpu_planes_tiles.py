@@ -1,4 +1,4 @@
-"""How the products of ``mosaic_gpu`` are cut up."""
+"""How the products of ``mosaic_gpu_planes`` are cut up."""
 
 from dataclasses import dataclass, replace
 
@@ -21,8 +21,10 @@ PIECE_BYTES = SWIZZLE // CODES_PER_BYTE
 SHARED_BYTES = 224 << 10
 """Of the pipeline, and what the epilogue keeps; barriers have the rest."""
 MOST_STAGES = 8
-TOKENS = (8, 16, 32, 64, 96, 112, 128, 144, 160, 176, 192, 208, 224, 256)
-"""Of a block: of those that wgmma takes as columns of int8."""
+TOKENS = (8, 16, 128, 144, 160, 176, 192, 256)
+"""Of a block: of those that wgmma takes as columns of int8, these have been timed on an H200."""
+IN_CLUSTERS, PARTS = 128, (2, 4)
+"""Likewise of a block in a cluster, and of how many blocks."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ class Tiles:
         """Tokens that a block of a cluster stores."""
         return self.tokens // self.parts
 
-    def stages(self, itemsize: int, other: int = 0) -> int:
-        """Pipeline steps in shared memory, beside stores of that size and ``other`` bytes."""
-        other += SLOTS * store_tokens(self.stored, itemsize) * self.width * itemsize
+    def stages(self, itemsize: int) -> int:
+        """Pipeline steps in shared memory, beside stores of values of that size."""
+        other = SLOTS * store_tokens(self.stored, itemsize) * self.width * itemsize
         if self.parts > 1:
             other += 4 * self.tokens * self.width
         step = self.codes * self.tokens + self.bytes * self.width
@@ -78,11 +80,10 @@ def choose_tiles(m: int, n: int, k: int) -> Tiles:
     # Up to 128 tokens stay together: what is unpacked for them is unpacked once.
     least = next(tokens for tokens in TOKENS if tokens >= min(m, 128))
     alone = [Tiles(tokens) for tokens in TOKENS if tokens >= least]
-    sizes = [(t, p) for t in (16, 32, 64, 128) for p in (2, 4) if t >= max(8 * p, least)]
-    clusters = [Tiles(tokens, parts=parts) for tokens, parts in sizes]
+    clusters = [Tiles(IN_CLUSTERS, parts=parts) for parts in PARTS if least <= IN_CLUSTERS]
     found = min(alone + clusters, key=lambda tiles: _nanoseconds(tiles, m, n, width))
     # Few tokens leave room for long steps, whose rows of weights are whole lines of memory.
-    longest = 512 if found.tokens <= 16 else 256 if found.tokens <= 64 else SWIZZLE
+    longest = 512 if found.tokens <= 16 else SWIZZLE
     whole = [codes for codes in (512, 256) if codes <= longest and width % (codes // 4) == 0]
     return replace(found, codes=max(whole, default=SWIZZLE))
 
