@@ -60,7 +60,7 @@ class RunConfig:
     weights: Literal["auto", "ternary2", "ternary1.6"] = "auto"
     embedding_dtype: Literal["same", "float16", "bfloat16", "int8", "int4"] = "same"
     act_quant: Literal["per_token", "block256", "none"] = "per_token"
-    remat: Literal["none", "linears", "int8-residuals", "layer"] = "linears"
+    remat: Literal["none", "linears", "int8-residuals", "layer", "offload"] = "linears"
     seed: int = 0
 
 

@@ -18,7 +18,7 @@
 #     ste          4      30 cells, 12 at a time: straight-through variants, trained from scratch
 #     lossless     2      24 cells, 12 at a time
 #     throughput   5      16 programs at once, then 20 cells alone
-#     decode       4      18 programs at once, then 18 cells alone
+#     decode       6      27 programs at once, then 27 cells alone
 #     kernels      2      9 cells at once, then alone
 #     host         3      4 cells: decode on the processor of the same machine
 #     ablation_times  4   12 cells alone: packing and remat with their times
@@ -140,8 +140,13 @@ throughput() {
     sweep records $name --jobs "$turns" budget_seconds=3 shape=packed model=bitnet-1b
 }
 decode() {
+    local batches="model=bitnet-1b,bitnet-2b-4t,bitnet-13b packing=ternary2 batch=8,16,32"
     sweep compiled decode_throughput repeats=1 --jobs "$jobs"
+    # shellcheck disable=SC2086
+    sweep compiled decode_throughput repeats=1 $batches --jobs "$jobs"
     sweep records decode_throughput --jobs "$turns"
+    # shellcheck disable=SC2086
+    sweep records decode_throughput $batches --jobs "$turns"
 }
 host() {
     platform=cpu sweep records host_decode

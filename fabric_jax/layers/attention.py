@@ -9,12 +9,20 @@ from fabric_kernels.ternary_matmul import Implementation
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from fabric_jax.layers.bit_linear import BitLinear, LayerContext, LinearOptions, apply_after
+from fabric_jax.layers.bit_linear import (
+    BitLinear,
+    LayerContext,
+    LinearOptions,
+    apply_after,
+    apply_beside,
+)
 from fabric_jax.layers.norm import RMSNorm
 from fabric_jax.layers.residuals import Twin, on_both
 from fabric_jax.layers.rope import rotate
 
 AttentionChoice = Literal["auto", "cudnn", "cudnn-causal"]
+Projected = tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]
+"""Queries, keys and values."""
 
 
 def attend(
@@ -99,22 +107,21 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"] | Twin,
         angles: Angles | None,
         context: LayerContext | None,
-    ) -> tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]:
-        """Queries, keys and values [B, T, heads, hd] of ``norm(x)``, the first two turned.
+    ) -> tuple[Projected, jax.Array | Twin]:
+        """Queries, keys and values [B, T, heads, hd] of ``norm(x)``, the first two turned; and x.
 
-        Where the model has norms for queries and keys, they are normalised before.
+        Where the model has norms for queries and keys, they are normalised before. What else reads
+        ``x`` reads the one that is returned, see ``RMSNorm.beside``.
 
         Without angles they are not turned: :func:`attend` does it.
         """
-        q, k, v = (
-            on_both(partial(split_heads, self.head_dim), y)
-            for y in apply_after(norm, [self.q, self.k, self.v], x, context)
-        )
+        outputs, x = apply_beside(norm, [self.q, self.k, self.v], x, context)
+        q, k, v = (on_both(partial(split_heads, self.head_dim), y) for y in outputs)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = on_both(self.q_norm, q), on_both(self.k_norm, k)
         if angles is not None:
             q, k = on_both(rotate, q, angles), on_both(rotate, k, angles)
-        return q, k, v
+        return (q, k, v), x
 
     def close(
         self,

@@ -23,6 +23,8 @@ from fabric_kernels.ternary_matmul import (
     GradientBits,
     Implementation,
     SideImplementation,
+    adapted_after,
+    normalises,
     side_implementation,
 )
 from flax import nnx
@@ -256,22 +258,65 @@ def apply_after(
     Some kernels compute all of it on the way.
     """
     prologue = Prologue() if norm is None else norm.prologue
-    if prologue is not None and takes_prologue(linears, x, context):
+    if prologue is not None and takes_prologue(linears, x, context, prologue):
         return apply_together(linears, x, context, prologue, residual)
     outputs = apply_together(linears, x if norm is None else on_both(norm, x), context)
     return outputs if residual is None else [on_both(jnp.add, residual, outputs[0])]
 
 
+def apply_beside(
+    norm: RMSNorm | None,
+    linears: Sequence[BitLinear],
+    x: jax.Array | Twin,
+    context: LayerContext | None,
+) -> tuple[list[jax.Array | Twin], jax.Array | Twin]:
+    """:func:`apply_after`, and ``x`` for what else reads it: see ``RMSNorm.beside``."""
+    prologue = None if norm is None else norm.prologue
+    if norm is None or isinstance(x, Twin):
+        return apply_after(norm, linears, x, context), x
+    if prologue is None or not takes_prologue(linears, x, context, prologue):
+        normal, x = norm.beside(x)
+        return apply_together(linears, normal, context), x
+    if not _normalises(linears, x, context, prologue):
+        return apply_together(linears, x, context, prologue), x
+    weights = [one.packed(context) for one in linears]
+    adapters = [one.product(context) for one in linears]
+    *outputs, x = adapted_after(x, prologue, weights, adapters, beside=True)
+    return [one.finish(x, y, context) for one, y in zip(linears, outputs, strict=True)], x
+
+
 def takes_prologue(
-    linears: Sequence[BitLinear], x: jax.Array | Twin, context: LayerContext | None
+    linears: Sequence[BitLinear],
+    x: jax.Array | Twin,
+    context: LayerContext | None,
+    prologue: Prologue,
 ) -> bool:
-    """Whether nothing but the linears' quantiser reads their input, nor is anything kept."""
+    """Whether linears do the prologue: nothing but their kernels reads their input, or keeps it."""
     options = linears[0].options
     packed = options.mode == "packed" or packs_masters(linears, context)
     quantized = packed and options.act_quant == "per_token" and options.sides is None
     kept = isinstance(x, Twin) or (context is not None and context.int8_residuals)
     whole = all(one.cut == Cut() for one in linears)
-    return quantized and whole and not kept and all(one.lora is None for one in linears)
+    if not quantized or not whole or kept:
+        return False
+    plain = all(one.lora is None for one in linears)
+    return plain or _normalises(linears, x, context, prologue)
+
+
+def _normalises(
+    linears: Sequence[BitLinear],
+    x: jax.Array | Twin,
+    context: LayerContext | None,
+    prologue: Prologue,
+) -> bool:
+    """Whether a kernel normalises and quantises the input at once, and adapters are arrays."""
+    options = linears[0].options
+    if options.mode != "packed" or isinstance(x, Twin):
+        return False
+    if any(one.lora is not None and one.product(context) is None for one in linears):
+        return False
+    weights = [one.packed(context) for one in linears]
+    return normalises(x, prologue, weights, options.implementation)
 
 
 def apply_together(

@@ -1,7 +1,7 @@
 """Next-token loss over a large vocabulary without the logits of all tokens at once."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def _loss(
     def add(
         total: jax.Array, tile: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
-        logits = _logits(how, tile[0], multiplied, head.shape[0])
+        logits = _logits(how, tile[0], multiplied)[:, : head.shape[0]]
         return total + _tile_loss(how, logits.astype(jnp.float32), *tile[1:]), None
 
     tiles = _tiles(how, hidden, targets, weights, head.shape[0])
@@ -118,10 +118,10 @@ def _loss_fwd(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, d_head = carry
         x, y, w = tile
-        logits = _logits(how, x, multiplied, head.shape[0])
-        losses, d_logits = logits_gradient(
-            logits, y, w, x.dtype, z_loss=how.z_loss, implementation=how.implementation
-        )
+        count = head.shape[0]
+        logits = _logits(how, x, multiplied)
+        options: Any = {"z_loss": how.z_loss, "implementation": how.implementation}
+        losses, d_logits = logits_gradient(logits, y, w, x.dtype, count=count, **options)
         total = total + jnp.sum(losses)
         if train_head:
             d_head = d_head + linear(d_logits.T, x.T, jnp.float32)
@@ -174,21 +174,16 @@ def _at_once(hidden: jax.Array, head: _Head, tile_bytes: int) -> bool:
     return tile_bytes > LOGITS_TILE_BYTES or (many and jax.default_backend() != "cpu")
 
 
-def _logits(how: _How, x: jax.Array, head: _Head, size: int) -> jax.Array:
-    """[tile, V] in float32 unless rounded; those of rows past ``size`` are minus infinity."""
+def _logits(how: _How, x: jax.Array, head: _Head) -> jax.Array:
+    """[tile, V] in float32 unless rounded."""
     if not how.whole or isinstance(head, BlockTable):
         return table_matmul(x, head)
     if how.rounded:
         # Asked for in that dtype: what is rounded after a product may be written before.
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         numbers = (((1,), (1,)), ((), ()))
-        logits = lax.dot_general(x, head, numbers, precision, preferred_element_type=x.dtype)
-    else:
-        logits = linear(x, head, jnp.float32)
-    if head.shape[0] == size:
-        return logits
-    rows = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.where(rows < size, logits, jnp.array(-jnp.inf, logits.dtype))
+        return lax.dot_general(x, head, numbers, precision, preferred_element_type=x.dtype)
+    return linear(x, head, jnp.float32)
 
 
 def _transposed(how: _How, d_logits: jax.Array, head: _Head) -> jax.Array:

@@ -15,6 +15,7 @@ from fabric_jax.layers.bit_linear import (
     LayerContext,
     LinearOptions,
     apply_after,
+    apply_beside,
     apply_together,
     takes_prologue,
 )
@@ -75,10 +76,15 @@ class FeedForward(nnx.Module):
         norm: RMSNorm | None = None,
         residual: jax.Array | Twin | None = None,
     ) -> jax.Array | Twin:
-        """[B, T, D] to [B, T, D], of ``norm(x)`` where there is a norm, added to a residual."""
-        gate, up = apply_after(norm, [self.gate, self.up], x, context)
+        """[B, T, D] to [B, T, D], of ``norm(x)`` where there is a norm, added to a residual.
+
+        The gradients by ``x`` of the norm and of a residual that is ``x`` itself are added up in
+        the norm's kernel, where there is one.
+        """
+        (gate, up), stream = apply_beside(norm, [self.gate, self.up], x, context)
+        residual = stream if residual is x else residual
         prologue = None if isinstance(gate, Twin) else self._prologue(gate)
-        if prologue is None or not takes_prologue([self.down], up, context):
+        if prologue is None or not takes_prologue([self.down], up, context, prologue):
             product = on_both(self.combine, gate, up)
             return apply_after(None, [self.down], product, context, residual)[0]
         return apply_together([self.down], up, context, prologue, residual)[0]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from fabric_kernels import Prologue, rms_norm
+from fabric_kernels import Prologue, rms_norm, rms_norm_beside
 from fabric_kernels.ternary_matmul import SideImplementation
 from flax import nnx
 from jax import lax
@@ -53,6 +53,16 @@ class RMSNorm(nnx.Module):
     def gains(self) -> jax.Array:
         """[size] of this layer; or of all, where they are known: a slice would be a copy."""
         return self.gain[...] if self.whole is None else self.whole.gains
+
+    def beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The normalised ``x`` [..., size], and ``x`` itself for what else reads it.
+
+        Some kernels add up the gradients by both where they compute the first.
+        """
+        if self.offset:
+            return self(x), x
+        gain, runs = self.gain[...], self.implementation
+        return rms_norm_beside(x, gain, self.eps, implementation=runs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of ``x`` [..., size]."""

@@ -78,9 +78,13 @@ def predict_scratch(
     # Residual stream, norms, projections, gates and their gradients; int8 inputs of the linears.
     live = item * (8 * d + 2 * q + 2 * kv + 6 * f) + (2 * d + q + f)
     linears = d + q + 2 * kv + 2 * f + 2 * d
+    layers = config.num_layers
     match options.remat:
         case "layer":
             kept = d * item
+        case "offload":
+            # The others are with the host: one is differentiated while the next one arrives.
+            kept, layers = d * item, min(2, layers)
         case "int8-residuals":
             # The input as it is; codes and a scale of q, k, v, o, gate and up, and of down where a
             # norm reads it.
@@ -97,7 +101,7 @@ def predict_scratch(
         tile_tokens(tokens, config.vocab_size, max(LOGITS_TILE_BYTES, 2 * tokens * d * item)),
     )
     return StepScratch(
-        kept=config.num_layers * tokens * kept,
+        kept=layers * tokens * kept,
         layer=tokens * live,
         attention=0 if kernels else 4 * min(scores, ATTENTION_TILE_BYTES),
         logits=2 * FLOAT32_BYTES * tile * config.vocab_size,

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from fabric_kernels import BlockTable, Packing, table_matmul
 from fabric_kernels.attention import Angles, cached_attention
 from fabric_kernels.decoding import decode_layers
@@ -21,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from fabric_jax.errors import FabricError, unknown_name
-from fabric_jax.layers.attention import Attention, AttentionChoice, attend
+from fabric_jax.layers.attention import Attention, AttentionChoice, Projected, attend
 from fabric_jax.layers.bit_linear import (
     INIT_STD,
     LINEAR_OUTPUT,
@@ -40,7 +41,8 @@ from fabric_jax.layers.table import declare_table, table_rows, table_value
 from fabric_jax.models.config import ModelConfig
 from fabric_jax.models.decoder_options import DecoderOptions as DecoderOptions
 from fabric_jax.models.decoder_options import Remat as Remat
-from fabric_jax.models.decoding import layer_stacks
+from fabric_jax.models.decoding import layer_stacks, writes_layers_out
+from fabric_jax.models.offload import scan_offloaded
 from fabric_jax.models.stacks import join_trees, split_packed
 from fabric_jax.models.views import Views, cache_views, row_views
 from fabric_jax.parallel.mesh import MeshShape
@@ -81,9 +83,13 @@ class Block(nnx.Module):
 
     def project(
         self, h: jax.Array, angles: Angles | None, context: LayerContext | None
-    ) -> tuple[jax.Array | Twin, jax.Array | Twin, jax.Array | Twin]:
-        """Queries, keys and values of the residual stream ``h`` [B, T, D]; see ``Attention``."""
-        return self.attention.project(self.attention_norm, h, angles, context)
+    ) -> tuple[Projected, jax.Array]:
+        """Queries, keys and values of the residual stream ``h`` [B, T, D], and ``h`` itself.
+
+        See ``Attention``: :meth:`combine` takes the ``h`` that is returned.
+        """
+        projected, stream = self.attention.project(self.attention_norm, h, angles, context)
+        return projected, cast(jax.Array, stream)
 
     def combine(
         self,
@@ -206,7 +212,9 @@ class Decoder(nnx.Module):
         which each row has its own.
         """
         views = cache_views(self.config, positions, slots or cache.capacity)
-        whole = layer_stacks(self.layers, self.config, cache, tokens.shape, self.whole_step)
+        whole = layer_stacks(
+            *(self.layers, self.config, cache, tokens.shape, self.whole_step), self.dtype
+        )
         if whole is not None:
             stacks, implementation = whole
             h, cache = decode_layers(
@@ -270,6 +278,12 @@ class Decoder(nnx.Module):
         adapter, base = (nnx.to_pure_dict(state) for state in states)
         packed, base = split_packed(base, self.frozen_linears)
         stacked = base
+        h = self.embed(tokens)
+        if self.remat == "offload" and cache is None:
+            consts = (packed, positions, views, dropout_key, strength)
+            layer = partial(self._layer_of, graphdef)
+            h = scan_offloaded(layer, h, (adapter, base), consts, unroll=self.unroll)
+            return self.final_norm(h), None
 
         def body(
             carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, tuple[Any, ...]]
@@ -283,24 +297,44 @@ class Decoder(nnx.Module):
             context = self._context(index, cache, dropout_key, adapter_ids, strength)
             return self._layer(block, h, context, positions, views, cache), None
 
+        unroll = self.unroll
+        if cache is not None:
+            unroll |= writes_layers_out(self.layers, tokens.shape)
+        # Constants where the layers are written out, which cost no kernel.
+        indices = jnp.asarray(np.arange(self.config.num_layers, dtype=np.int32))
+        layers = (indices, (adapter, base))
+        (h, cache), _ = lax.scan(self._recomputed(body), (h, cache), layers, unroll=unroll)
+        return self.final_norm(h), cache
+
+    def _recomputed(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """The body of a scan over layers, whose backward pass keeps what ``remat`` says."""
+        keep = jax.checkpoint_policies.save_only_these_names
         # A loop keeps XLA from taking what is recomputed for what is there already.
         recomputed = partial(jax.checkpoint, prevent_cse=self.unroll)
         match self.remat:
-            case "none":
-                pass
+            case "none" | "offload":
+                return body
             case "linears":
-                keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT, NARROW_PRODUCT)
-                body = recomputed(body, policy=keep)
+                return recomputed(body, policy=keep(LINEAR_OUTPUT, NARROW_PRODUCT))
             case "int8-residuals":
-                keep = jax.checkpoint_policies.save_only_these_names(INT8_RESIDUAL, NARROW_PRODUCT)
-                body = recomputed(body, policy=keep)
+                return recomputed(body, policy=keep(INT8_RESIDUAL, NARROW_PRODUCT))
             case "layer":
-                body = recomputed(body)
-        h = self.embed(tokens)
-        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        layers = (indices, (adapter, base))
-        (h, cache), _ = lax.scan(body, (h, cache), layers, unroll=self.unroll)
-        return self.final_norm(h), cache
+                return recomputed(body)
+
+    def _layer_of(
+        self,
+        graphdef: nnx.GraphDef[Block],
+        h: jax.Array,
+        index: jax.Array,
+        trees: tuple[Any, Any],
+        consts: Any,
+    ) -> jax.Array:
+        """The residual stream after one layer, all arrays of which are among the arguments."""
+        adapter, base = trees
+        packed, positions, views, dropout_key, strength = consts
+        block = nnx.merge(graphdef, adapter, join_trees(packed, base))
+        context = self._context(index, None, dropout_key, None, strength)
+        return self._layer(block, h, context, positions, views, None)[0]
 
     def layer_function(
         self,
@@ -359,7 +393,8 @@ class Decoder(nnx.Module):
         assert index is not None
         view, scale = views.at(index), self.config.attention_scale
         if cache is not None and positions.shape[1] == 1:
-            q, k, v = map(exact_form, block.project(h, None, context))
+            projected, h = block.project(h, None, context)
+            q, k, v = map(exact_form, projected)
             attended, cache = cached_attention(
                 *(q, k, v, cache, index, positions),
                 angles=view.angles,
@@ -370,7 +405,7 @@ class Decoder(nnx.Module):
             return block.combine(h, attended, context), cache
         # A cache holds keys that are turned; without one it is left to the attention.
         early, late = (None, view.angles) if cache is None else (view.angles, None)
-        q, k, v = block.project(h, early, context)
+        (q, k, v), h = block.project(h, early, context)
         if cache is not None:
             cache = cache.write(index, positions, exact_form(k), exact_form(v))
             k, v = cache.read(index, h.dtype, view.mask.shape[-1])

@@ -15,10 +15,11 @@ from fabric_jax.parallel.mesh import MeshShape
 from fabric_jax.quantization.absmax import ActQuant
 from fabric_jax.quantization.ste_options import SteOptions
 
-Remat = Literal["none", "linears", "int8-residuals", "layer"]
+Remat = Literal["none", "linears", "int8-residuals", "layer", "offload"]
 """What the backward pass keeps of a layer: everything, the outputs of its linears (norms, gates and
-attention are recomputed, no product with a weight is), int8 codes of these outputs, or its input
-alone. Codes leave the loss as it is; gradients are computed from rounded values."""
+attention are recomputed, no product with a weight is), int8 codes of these outputs, its input
+alone, or that in the host's memory. Codes leave the loss as it is; gradients are computed from
+rounded values."""
 
 
 @dataclass(frozen=True, kw_only=True)

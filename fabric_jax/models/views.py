@@ -1,6 +1,6 @@
 """What a layer sees of a row: rotary angles and a mask, for global and for local layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -19,7 +19,8 @@ class View:
     Attributes:
         angles: cosine and sine of the rotary angles.
         mask: true where query t reads key s.
-        first: the first slot of a cache that query t reads; None where there is no cache.
+        first: the first slot of a cache that query t reads; None where there is no cache, or no
+            layer of the model has a window.
     """
 
     angles: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
@@ -27,6 +28,7 @@ class View:
     first: Int32[Array, "B T"] | None = None
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Views:
     """The views of all layers, made once, before the scan over them.
@@ -39,7 +41,7 @@ class Views:
 
     of_global: View
     of_local: View | None
-    global_every: int
+    global_every: int = field(metadata={"static": True})
 
     def at(self, layer: Int32[Array, ""]) -> View:
         """The view of one layer."""
@@ -70,11 +72,10 @@ def cache_views(config: ModelConfig, positions: Int32[Array, "B T"], slots: int)
     """
     numbers = jnp.arange(slots, dtype=jnp.int32)[None, None, :]
     mask = numbers <= positions[:, :, None]
-    firsts = (jnp.zeros_like(positions), jnp.zeros_like(positions))
     if config.sliding_window is None:
-        return _views(config, positions, mask, None, firsts)
+        return _views(config, positions, mask, None)
     beyond = positions - config.sliding_window
-    firsts = (firsts[0], jnp.maximum(beyond + 1, 0))
+    firsts = (jnp.zeros_like(positions), jnp.maximum(beyond + 1, 0))
     return _views(config, positions, mask, mask & (numbers > beyond[:, :, None]), firsts)
 
 

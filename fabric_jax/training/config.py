@@ -116,7 +116,9 @@ class RunConfig:
         act_quant: quantiser of the inputs of ternary linears; by default the one that the model
             was saved with, else per_token.
         remat: what the backward pass recomputes instead of keeping. int8-residuals keeps int8 codes
-            of the outputs of linears: the same loss, gradients from rounded values.
+            of the outputs of linears: the same loss, gradients from rounded values. offload is
+            layer with the layers' inputs in the host's memory, for GPUs with rows enough that
+            copies hide behind the computation.
         seed: of adapter, dropout and random base weights.
         nonfinite: what a loss or gradient that is no number does: stop the run, or skip the update
             of that step; after ten skips in a row the run stops too. Neither is ever saved.

@@ -52,6 +52,8 @@ def out_of_memory(
         ways.append((halved, needed(rows=rows // 2)))
     ways.append(("--remat int8-residuals", needed(replace(own, remat="int8-residuals"))))
     ways.append(("--remat layer", needed(replace(own, remat="layer"))))
+    if jax.default_backend() == "gpu" and not fused:
+        ways.append(("--remat offload", needed(replace(own, remat="offload"))))
     smaller = replace(config.optimizer, moments="int8")
     ways.append(("--moments int8", needed(optimizer=smaller)))
     if own.mode == "packed":

@@ -16,6 +16,7 @@ from fabric_jax.data.batch import Batch
 from fabric_jax.errors import FabricError
 from fabric_jax.models.decoder import DecoderDefinition
 from fabric_jax.models.initialize import Tree
+from fabric_jax.models.offload import COMPILER_OPTIONS
 from fabric_jax.parallel.placement import shape_of
 from fabric_jax.training.fused_step import fused_update
 from fabric_jax.training.on_mesh import GradientSum, constrain_state, over_devices
@@ -143,7 +144,7 @@ def make_train_step(
     freeze_a, options = freezes_a(definition, trains), options or StepOptions()
     summed = _gradient_sum(definition, trains, options, mesh)
 
-    @partial(jax.jit, donate_argnums=(0,))
+    @partial(jax.jit, donate_argnums=(0,), compiler_options=_compiler_options(definition))
     def step(
         state: TrainState, frozen: Tree, batch: Batch, root_key: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
@@ -170,6 +171,11 @@ def make_train_step(
         return done, metrics
 
     return step
+
+
+def _compiler_options(definition: DecoderDefinition) -> dict[str, str] | None:
+    on_gpu = jax.default_backend() == "gpu"
+    return COMPILER_OPTIONS if on_gpu and definition.options.remat == "offload" else None
 
 
 def _if_finite(metrics: StepMetrics, new: tuple[Tree, Any], state: TrainState) -> tuple[Tree, Any]:

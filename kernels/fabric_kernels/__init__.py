@@ -16,6 +16,7 @@ from fabric_kernels.low_rank import LowRank as LowRank
 from fabric_kernels.low_rank import low_rank_product as low_rank_product
 from fabric_kernels.norm import gated_product as gated_product
 from fabric_kernels.norm import rms_norm as rms_norm
+from fabric_kernels.norm import rms_norm_beside as rms_norm_beside
 from fabric_kernels.packing import Packing as Packing
 from fabric_kernels.packing import bits_per_weight as bits_per_weight
 from fabric_kernels.packing import pack as pack

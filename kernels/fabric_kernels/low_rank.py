@@ -9,6 +9,9 @@ from jax import lax
 
 from fabric_kernels.gradients import with_gradient_of
 
+NARROW_PRODUCT = "narrow_product"
+"""The name under which rematerialisation policies know what adapters keep for the backward pass."""
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scale"])
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fabric_jax.errors import FabricError
+from fabric_jax.generation import programs
 from fabric_jax.generation.config import GenerationConfig
 from fabric_jax.generation.generator import Generator, bucket, make_generator
 from fabric_jax.generation.sampling import sampling_of
@@ -122,6 +123,18 @@ def test_more_tokens_continue_fewer(packed):
     long = packed(PROMPTS, temperature=1.0, max_new_tokens=9)
     for a, b in zip(short, long, strict=True):
         assert b.tokens[:3] == a.tokens
+
+
+def test_steps_between_looks_change_no_result(packed, monkeypatch):
+    """As on GPUs: before the limit, at it, and where all rows have ended between two looks."""
+    monkeypatch.setattr(programs, "steps_between_looks", lambda: 4)
+    several = Model("packed")
+    for new in (3, 4, 9):
+        assert several(PROMPTS, max_new_tokens=new) == packed(PROMPTS, max_new_tokens=new)
+    free = packed(PROMPTS[:1])[0].tokens
+    options = {"stop_tokens": (free[5],), "seed": 7, "repetition_penalty": 1.3, "log_probs": True}
+    assert several(PROMPTS[:1], **options) == packed(PROMPTS[:1], **options)
+    assert several(PROMPTS, watch=lambda *_: False) == packed(PROMPTS)
 
 
 def test_stop_tokens_end_a_row_and_only_it(packed):

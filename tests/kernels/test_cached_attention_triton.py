@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fabric_kernels import cached_attention, empty_cache
-from fabric_kernels.attention import KVCache, triton_cached
+from fabric_kernels.attention import KVCache, cached, triton_batch, triton_cached, xla
 
 from tests.kernels.test_triton_kernel import lowered
 
@@ -47,7 +47,7 @@ CASES = [
 def test_equals_plain_jax(case: Any, stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_cached, "STRETCH", stretch)
     q, k, v, cache, positions, angles = problem(*case)
-    first = jnp.maximum(positions - 40, 0)
+    first = jnp.maximum(positions - 40, 0) if stretch == 64 else None
 
     def run(implementation: Any) -> tuple[jax.Array, KVCache]:
         step = partial(cached_attention, angles=angles, first=first, implementation=implementation)
@@ -63,22 +63,65 @@ def test_equals_plain_jax(case: Any, stretch: int, monkeypatch: pytest.MonkeyPat
             np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-def test_half_precision() -> None:
-    q, k, v, cache, positions, angles = problem(4, 2, 64, 100, "bfloat16", [99, 50, 0])
+HALF_CASES = [
+    (4, 2, 64, 100, "bfloat16", [99, 50, 0]),
+    (6, 2, 24, 70, "bfloat16", [63, 7, 70]),
+    (8, 1, 32, 130, "bfloat16", [129, 1, 80]),
+    (4, 4, 16, 90, "int8", [3, 89, 64]),
+]
+
+
+@pytest.mark.parametrize("case", HALF_CASES, ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("heads", [1, 1000], ids=["batch", "few-heads"])
+def test_half_precision(
+    case: Any, window: int | None, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both kernels, that of batches of many heads and the other."""
+    monkeypatch.setattr(cached, "MANY_HEADS", heads)
+    q, k, v, cache, positions, angles = problem(*case)
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-    arrays = (q, k, v, cache, jnp.int32(0), positions)
-    found, expected = (
-        cached_attention(*arrays, angles=angles, implementation=name)[0]
+    assert triton_batch.takes(q, cache)
+    first = None if window is None else jnp.maximum(positions - window, 0)
+    arrays = (q, k, v, cache, jnp.int32(1), positions)
+    (found, new), (expected, reference) = (
+        cached_attention(*arrays, angles=angles, first=first, implementation=name)
         for name in ("triton", "xla")
     )
     assert found.dtype == jnp.bfloat16
     error = np.asarray(found, np.float32) - np.asarray(expected, np.float32)
     assert np.max(np.abs(error)) < 0.02
+    for ours, theirs in zip(jax.tree.leaves(new), jax.tree.leaves(reference), strict=True):
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=float(case[4] == "int8"))
+
+
+def test_weights_of_a_batch_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that nearly cancel out: rounded weights would leave ten times this error."""
+    monkeypatch.setattr(cached, "MANY_HEADS", 1)
+    q, k, v, cache, _, angles = problem(4, 2, 64, 100, "bfloat16", [0, 0, 0])
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    signs = jnp.where(jnp.arange(100) % 2 == 0, 1, -1).astype(jnp.bfloat16)
+    values = jnp.broadcast_to(signs[:, None], cache.values.shape)
+    cache = KVCache(keys=cache.keys, values=values)
+    positions = jnp.full((B, 1), 100, jnp.int32)
+    arrays = (q, k, v, cache, jnp.int32(1), positions)
+    found = cached_attention(*arrays, angles=angles, implementation="triton")[0]
+    turned = np.asarray(xla.rotate(q, angles), np.float64)[:, 0]
+    scores = np.einsum("bhc,bhsc->bhs", turned, np.repeat(cache.keys[1], 2, axis=1).astype(float))
+    weights = np.exp(scores / 8)
+    expected = np.sum(weights * np.asarray(signs, np.float64), -1) / np.sum(weights, -1)
+    error = np.asarray(found, np.float64)[:, 0] - expected[..., None]
+    assert np.all(np.abs(error) < 2e-5 + 2**-8 * np.abs(expected)[..., None])
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_lowers_to_one_launch_in_place(platform: str, dtype: str) -> None:
+@pytest.mark.parametrize("heads", [1, 1000], ids=["batch", "few-heads"])
+def test_lowers_to_one_launch_in_place(
+    platform: str, dtype: str, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cached, "MANY_HEADS", heads)
     q, k, v, cache, positions, angles = problem(4, 2, 64, 128, dtype, [9, 8, 7])
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
 

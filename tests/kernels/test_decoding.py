@@ -145,16 +145,18 @@ def test_equals_its_steps_in_other_sizes(case: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("launch", ["triton", "mosaic_gpu"])
 @pytest.mark.parametrize("case", DEVICE_CASES, ids=str)
-def test_programs_wait_for_each_other(case: Any) -> None:
+def test_programs_wait_for_each_other(case: Any, launch: Any) -> None:
     """With all programs of a device; a race would show in some of the tries."""
     if jax.default_backend() != "gpu":
         pytest.skip("needs a CUDA device")
     dims, activation, options = case
+    stored = {"stored": "bfloat16"} if launch == "mosaic_gpu" else {}
     h, stacks, cache, positions, angles = problem(
-        dims, activation, **{**options, "dtype": "bfloat16"}
+        dims, activation, **{**options, **stored, "dtype": "bfloat16"}
     )
-    run = jax.jit(partial(decode_layers, angles=angles))
+    run = jax.jit(partial(decode_layers, angles=angles, implementation=launch))
     tries = [np.asarray(run(h, stacks, cache, positions)[0], np.float32) for _ in range(40)]
     for found in tries:
         np.testing.assert_array_equal(found, tries[0])

@@ -54,3 +54,25 @@ def test_refuses_an_unknown_name() -> None:
     arrays: Any = (jnp.zeros((2, 5)), jnp.zeros(2, jnp.int32), jnp.ones(2))
     with pytest.raises(ValueError, match="xla, triton; found 'cuda'"):
         logits_gradient(*arrays, "float32", implementation="cuda")  # pyright: ignore
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(300, 280), (8192, 8100), (16384, 8192)])
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_what_lies_behind_the_logits_counts_for_nothing(
+    implementation: Any, vocab: int, count: int
+) -> None:
+    random = np.random.default_rng(count)
+    z = np.full((ROWS, vocab), np.nan, np.float32)
+    z[:, :count] = 4 * random.standard_normal((ROWS, count))
+    targets = random.integers(0, count, ROWS).astype(np.int32)
+    weights = random.random(ROWS).astype(np.float32)
+    losses, gradient = exact(z[:, :count], targets, weights, 0.0)
+    found = logits_gradient(
+        *map(jnp.asarray, (z, targets, weights)),
+        "float32",
+        count=count,
+        implementation=implementation,
+    )
+    np.testing.assert_allclose(found[0], losses, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(found[1][:, :count], gradient, rtol=2e-6, atol=1e-7)
+    np.testing.assert_array_equal(found[1][:, count:], 0)

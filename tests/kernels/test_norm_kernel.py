@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fabric_kernels import cpu_library, gated_product, rms_norm
+from fabric_kernels import cpu_library, gated_product, rms_norm, rms_norm_beside
 from fabric_kernels.norm import Gate
 from fabric_kernels.norm.api import Implementation
 
@@ -80,6 +80,27 @@ def test_gradients_of_a_norm(implementation: Implementation, width: int) -> None
     wide = [np.asarray(a, np.float64) for a in (x, gain, dy)]
     assert_close(dx, numeric_gradient(lambda x: normalised(x, wide[1]), wide[0], wide[2]), 1e-5)
     assert_close(dgain, numeric_gradient(lambda g: normalised(wide[0], g), wide[1], wide[2]), 1e-5)
+
+
+@pytest.mark.parametrize("width", [3, 19])
+def test_gradients_beside_a_norm(implementation: Implementation, width: int) -> None:
+    """Both results read ``x``: its gradient is the sum, also where one of them is not used."""
+    x, gain = sample(2, 3, width), sample(width, seed=1)
+    dy, other = sample(2, 3, width, seed=2), sample(2, 3, width, seed=3)
+
+    def both(x: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rms_norm_beside(x, gain, EPS, implementation=implementation)
+
+    (y, same), pull = jax.vjp(both, x, gain)
+    dx, dgain = pull((dy, other))
+    wide = [np.asarray(a, np.float64) for a in (x, gain, dy, other)]
+    exact = numeric_gradient(lambda x: normalised(x, wide[1]), wide[0], wide[2])
+    assert_close(y, normalised(wide[0], wide[1]))
+    np.testing.assert_array_equal(same, x)
+    assert_close(dx, exact + wide[3], 1e-5)
+    assert_close(dgain, numeric_gradient(lambda g: normalised(wide[0], g), wide[1], wide[2]), 1e-5)
+    assert_close(jax.vjp(lambda x: both(x, gain)[0], x)[1](dy)[0], exact, 1e-5)
+    np.testing.assert_array_equal(jax.vjp(lambda x: both(x, gain)[1], x)[1](other)[0], other)
 
 
 @pytest.mark.parametrize("gate", GATES)

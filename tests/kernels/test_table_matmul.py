@@ -51,6 +51,28 @@ def test_products(implementation: Implementation, m: int, n: int, k: int, dtype:
     assert_close(dx, np.asarray(g, np.float64) @ wide, n)
 
 
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("m", "n", "k"), [(2, 70, 131), (17, 64, 256), (64, 130, 200)])
+def test_tens_of_rows_on_gpus(m: int, n: int, k: int, dtype: str, stored: str) -> None:
+    """The Triton kernel, interpreted on CPU: sums in float32 of what both round to."""
+    x, _, table = problem(m, n, k, stored)
+    x = x.astype(dtype).reshape(m, 1, k)
+    y = table_matmul(x, table, implementation="triton")
+    wide = np.asarray(table.astype(dtype), np.float64)
+    assert_close(y, np.asarray(x, np.float64) @ wide.T, k)
+
+
+def test_the_kernel_for_tens_of_rows_refuses_others() -> None:
+    x, g, table = problem(4, 5, 8, "bfloat16")
+    with pytest.raises(ValueError, match=r"takes two to 64 rows .* found float32 \[4, 8\]"):
+        table_matmul(x, table, implementation="triton")
+    with pytest.raises(ValueError, match="takes two to 64 rows"):
+        table_matmul(x[:1].astype(jnp.bfloat16), table, implementation="triton")
+    with pytest.raises(ValueError, match="forward one"):
+        table_matmul_transposed(g, table, implementation="triton")
+
+
 def test_a_table_of_many_rows_is_taken_in_passes(implementation: Implementation) -> None:
     _, g, table = problem(5, 2500, 33, "bfloat16")
     dx = table_matmul_transposed(g, table, implementation=implementation)

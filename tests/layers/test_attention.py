@@ -87,7 +87,7 @@ def test_queries_and_keys_are_normalised_before_they_turn() -> None:
     tree |= {"o": {"weight": jnp.zeros((16, H * HD), jnp.float32)}}
     x = random.normal(size=(B, T, 16)).astype(np.float32)
     angles = rotary_angles(jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T)), HD, 1e4)
-    found = bind(module, tree).project(None, jnp.asarray(x), angles, None)
+    found = bind(module, tree).project(None, jnp.asarray(x), angles, None)[0]
     for name, array in zip("qkv", found, strict=True):
         exact = x.astype(np.float64) @ weights[name].astype(np.float64).T
         exact = exact.reshape(B, T, -1, HD)

@@ -88,7 +88,8 @@ def layer_inputs(
     length = tokens.shape[1]
     mask = jnp.broadcast_to(jnp.tri(length, dtype=bool)[None], (*tokens.shape, length))
     normal = block.attention_norm(h)
-    attended = attend(*block.project(h, angles, None), mask)
+    projected, h = block.project(h, angles, None)
+    attended = attend(*projected, mask)
     joined = attended.reshape(*tokens.shape, -1)
     if block.attention.sub_norm is not None:
         joined = block.attention.sub_norm(joined)

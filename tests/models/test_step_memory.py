@@ -23,7 +23,7 @@ from fabric_jax.training.step import init_state, make_train_step
 
 DEEP = 24
 TOKENS = 4
-REMATS = ["none", "linears", "int8-residuals", "layer"]
+REMATS = ["none", "linears", "int8-residuals", "layer", "offload"]
 # Instructions that hold or pass on a buffer that is there already.
 PASSING = {"parameter", "get-tuple-element", "tuple", "while", "bitcast"}
 

@@ -65,7 +65,7 @@ def test_what_is_kept_grows_with_the_layers_and_the_rows():
         predict_scratch(
             config, replace(options, remat=remat), rows=1, length=128, kernels=True
         ).kept
-        for remat in ("layer", "int8-residuals", "linears", "none")
+        for remat in ("offload", "layer", "int8-residuals", "linears", "none")
     ]
     assert kept == sorted(kept)
 

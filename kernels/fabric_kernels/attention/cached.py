@@ -20,6 +20,8 @@ from fabric_kernels.ternary_matmul import Implementation, select_implementation
 from fabric_kernels.triton_call import Mode, kernel_module, on_platform
 
 Angles = tuple[jax.Array, jax.Array]
+MANY_HEADS = 132
+"""Key/value heads of a batch from which a program each occupies a large GPU."""
 CPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
 
 
@@ -60,18 +62,20 @@ def cached_attention(
     """
     _check(q, k, v, cache, positions)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    begin = jnp.zeros_like(positions) if first is None else first
     known = any(cache.keys.dtype == dtype for dtype in CPU_DTYPES)
     chosen = select_implementation(implementation)
     if chosen == "cpu" and (known or implementation == "cpu"):
+        begin = jnp.zeros_like(positions) if first is None else first
         return _on_cpu(q, k, v, cache, layer, positions, begin, angles, factor)
     if attention_implementation(implementation, queries=2) == "triton" and q.shape[-1] % 2 == 0:
-        return _on_gpu(q, k, v, cache, layer, positions, begin, angles, scale=factor)
+        return _on_gpu(q, k, v, cache, layer, positions, first, angles, scale=factor)
     q, k = xla.rotate(q, angles), xla.rotate(k, angles)
     cache = cache.write(layer, positions, k, v)
     keys, values = cache.read(layer, q.dtype)
     slots = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None, :]
-    mask = (slots <= positions[:, :, None]) & (slots >= begin[:, :, None])
+    mask = slots <= positions[:, :, None]
+    if first is not None:
+        mask = mask & (slots >= first[:, :, None])
     return xla.attention(q, keys, values, mask, factor), cache
 
 
@@ -83,12 +87,14 @@ def _on_gpu(*arrays: Any, scale: float) -> tuple[jax.Array, KVCache]:
         cache: KVCache,
         layer: jax.Array,
         positions: jax.Array,
-        first: jax.Array,
+        first: jax.Array | None,
         angles: Angles,
         *,
         mode: Mode,
     ) -> tuple[jax.Array, KVCache]:
-        module = kernel_module("fabric_kernels.attention.triton_cached")
+        module = kernel_module("fabric_kernels.attention.triton_batch")
+        if q.shape[0] * k.shape[2] < MANY_HEADS or not module.takes(q, cache):
+            module = kernel_module("fabric_kernels.attention.triton_cached")
         return module.cached_attention(
             q, k, v, cache, layer, positions, first, angles, scale, mode=mode
         )

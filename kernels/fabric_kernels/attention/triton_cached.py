@@ -57,7 +57,7 @@ def cached_attention(
     cache: KVCache,
     layer: jax.Array,
     positions: jax.Array,
-    first: jax.Array,
+    first: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
     scale: float,
     *,
@@ -73,7 +73,8 @@ def cached_attention(
     stored = [cache.keys, cache.values]
     if cache.key_scales is not None and cache.value_scales is not None:
         stored += [cache.key_scales, cache.value_scales]
-    numbers = [layer.reshape(1), positions, first]
+    begin = jnp.zeros_like(positions) if first is None else first
+    numbers = [layer.reshape(1), positions, begin]
     inputs = [q, k, v, *angles, *numbers]
     parts = [
         jax.ShapeDtypeStruct((batch, stretches, heads, width), jnp.float32),

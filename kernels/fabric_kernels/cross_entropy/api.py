@@ -19,6 +19,7 @@ def logits_gradient(
     dtype: DTypeLike,
     *,
     z_loss: float = 0.0,
+    count: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """``weights · (lse - z[target] + z_loss · lse²)`` and its gradient by ``z``; float32 inside.
@@ -29,6 +30,7 @@ def logits_gradient(
         weights: float32 [M].
         dtype: of the gradient.
         z_loss: weight of the squared ``lse = logsumexp(z)``.
+        count: logits of a row that there are, those behind them being anything; None for V.
         implementation: ``triton`` reads each row from memory once and is for GPUs, ``xla`` takes
             three passes; None picks. A named one runs or raises.
 
@@ -47,11 +49,19 @@ def logits_gradient(
             f"found {implementation!r}"
         )
     if implementation == "xla":
-        return _by_xla(logits, targets, weights, dtype, z_loss)
+        return _by_xla(_hidden(logits, count), targets, weights, dtype, z_loss)
     module = kernel_module("fabric_kernels.cross_entropy.triton")
-    call = partial(module.logits_gradient, z_loss, jnp.dtype(dtype))
+    call = partial(module.logits_gradient, z_loss, jnp.dtype(dtype), count or logits.shape[-1])
     losses, gradient = on_platform(call, logits, targets, weights)
     return losses, gradient
+
+
+def _hidden(logits: jax.Array, count: int | None) -> jax.Array:
+    """With minus infinity behind the first ``count`` of each row."""
+    if count is None or count == logits.shape[-1]:
+        return logits
+    at = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return jnp.where(at < count, logits, jnp.array(-jnp.inf, logits.dtype))
 
 
 def _by_xla(

@@ -24,6 +24,7 @@ LOWEST = -3e38
 def logits_gradient(
     z_loss: float,
     dtype: jnp.dtype,
+    count: int,
     logits: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
@@ -36,7 +37,7 @@ def logits_gradient(
 
     def kernel(logits: Any, targets: Any, weights: Any, losses: Any, gradient: Any) -> None:
         token, start = pl.program_id(0), (jnp.float32(LOWEST), jnp.float32(0))
-        part = partial(_part, logits, token, block)
+        part = partial(_part, logits, token, block, count)
 
         def add(i: jax.Array, known: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             largest, total = known
@@ -52,34 +53,32 @@ def logits_gradient(
         share = (1.0 + 2.0 * z_loss * normaliser) / total
 
         def store(i: jax.Array, _: None) -> None:
-            z, at, inside = part(i)
-            hit = jnp.where(at == target, 1.0, 0.0)
-            value = ((jnp.exp(z - largest) * share - hit) * weight).astype(dtype)
-            plgpu.store(gradient.at[token, pl.ds(i * block, block)], value, mask=inside)
+            z, at = part(i)
+            inside = None if v % block == 0 else at < v
+            value = (jnp.exp(z - largest) * share - jnp.where(at == target, 1.0, 0.0)) * weight
+            place = gradient.at[token, pl.ds(i * block, block)]
+            plgpu.store(place, value.astype(dtype), mask=inside)
 
         lax.fori_loop(0, pl.cdiv(v, block), store, None)
 
-    shapes = [jax.ShapeDtypeStruct((m,), jnp.float32), jax.ShapeDtypeStruct((m, v), dtype)]
-    call = pl.pallas_call(
+    losses, gradient = pl.pallas_call(
         kernel,
-        out_shape=shapes,
+        out_shape=[jax.ShapeDtypeStruct((m,), jnp.float32), jax.ShapeDtypeStruct((m, v), dtype)],
         grid=(m,),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
         input_output_aliases={0: 1} if logits.dtype == dtype else {},
         interpret=mode == "interpret",
         name="logits_gradient",
-    )
-    losses, gradient = call(logits, targets, weights)
+    )(logits, targets, weights)
     return losses, gradient
 
 
 def _part(
-    logits: Any, token: jax.Array, block: int, i: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Block ``i`` of a row in float32, its columns, and which of them there are; None for all."""
-    v = logits.shape[1]
+    logits: Any, token: jax.Array, block: int, count: int, i: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Block ``i`` of a row in float32, minus infinity from ``count`` on, and its columns."""
     at = i * block + lax.iota(jnp.int32, block)
-    inside = None if v % block == 0 else at < v
+    inside = None if count == logits.shape[1] and count % block == 0 else at < count
     other = None if inside is None else jnp.array(-jnp.inf, logits.dtype)
     ref = logits.at[token, pl.ds(i * block, block)]
-    return plgpu.load(ref, mask=inside, other=other).astype(jnp.float32), at, inside
+    return plgpu.load(ref, mask=inside, other=other).astype(jnp.float32), at

@@ -40,12 +40,24 @@ def rms_norm(
         implementation: ``cpu``, ``triton`` or ``xla``; None picks. The CPU kernel is for float32:
             other dtypes are left to XLA under its name.
     """
-    if _on_triton(x, implementation):
+    if on_triton(x, implementation):
         return triton.norm(triton.How(None, eps), (x,), gain)
     if _on_cpu(x, implementation):
         empty = jnp.zeros((0,), jnp.float32)
         return _cpu((None, eps), x, empty, gain.astype(jnp.float32))
     return _normalise(x, gain, eps)
+
+
+def rms_norm_beside(
+    x: jax.Array, gain: jax.Array, eps: float, *, implementation: Implementation | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`rms_norm`, and ``x`` itself for what else reads it.
+
+    The gradient by ``x`` then has two parts, which Triton's kernel adds up on the way, in float32.
+    """
+    if on_triton(x, implementation):
+        return triton.norm_beside(triton.How(None, eps), x, gain)
+    return rms_norm(x, gain, eps, implementation=implementation), x
 
 
 def gated_product(
@@ -61,7 +73,7 @@ def gated_product(
 
     ``implementation`` as for :func:`rms_norm`; without a gain ``triton`` is XLA's too.
     """
-    if gain is not None and _on_triton(gate, implementation):
+    if gain is not None and on_triton(gate, implementation):
         return triton.norm(triton.How(activation, eps), (gate, up), gain)
     if _on_cpu(gate, implementation):
         own = jnp.zeros((0,), jnp.float32) if gain is None else gain.astype(jnp.float32)
@@ -81,7 +93,8 @@ def _normalise(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     return normal.astype(x.dtype) * jnp.expand_dims(gain, range(x.ndim - 1)).astype(x.dtype)
 
 
-def _on_triton(x: jax.Array, implementation: Implementation | None) -> bool:
+def on_triton(x: jax.Array, implementation: Implementation | None = None) -> bool:
+    """Whether norms of ``x`` [..., n] are Triton's."""
     if implementation is not None or x.shape[-1] > triton.MOST_COLUMNS or x.size == 0:
         return implementation == "triton" and x.size > 0
     if x.dtype.itemsize > 2 or x.size < MANY_ROWS * x.shape[-1]:

@@ -50,9 +50,18 @@ def norm(how: How, x: tuple[jax.Array, ...], gain: jax.Array) -> jax.Array:
     """
 
     def call(x: tuple[jax.Array, ...], gain: jax.Array, *, mode: Mode) -> jax.Array:
-        return kernels().forward(how, _rows(x), gain, mode=mode)
+        return kernels().forward(how, _rows(x), wide_gain(gain), mode=mode)
 
     return on_platform(call, x, gain).reshape(x[0].shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def norm_beside(how: How, x: jax.Array, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The normalised rows of ``x`` [..., n] and ``x`` itself, as :func:`norm` without a gate.
+
+    The gradients by both are added up where the first one is computed.
+    """
+    return norm(how, (x,), gain), x
 
 
 _Operands = tuple[tuple[jax.Array, ...], jax.Array]
@@ -62,19 +71,38 @@ def _forward(how: How, x: tuple[jax.Array, ...], gain: jax.Array) -> tuple[jax.A
     return norm(how, x, gain), (x, gain)
 
 
-def _backward(how: How, operands: _Operands, dy: jax.Array) -> _Operands:
+def gradients(
+    how: How, operands: _Operands, dy: jax.Array, beside: jax.Array | None = None
+) -> _Operands:
+    """By rows and gain of :func:`norm`, of ``dy`` [..., n]; ``beside`` is added to that by x."""
     x, gain = operands
 
-    def call(x: Any, gain: jax.Array, dy: Any, *, mode: Mode) -> Any:
-        return kernels().backward(how, _rows(x), gain, *_rows((dy,)), mode=mode)
+    def call(x: Any, gain: jax.Array, *more: Any, mode: Mode) -> Any:
+        return kernels().backward(how, _rows(x), wide_gain(gain), *_rows(more), mode=mode)
 
-    gradients = on_platform(call, x, gain, dy)
+    found = on_platform(call, x, gain, dy, *(() if beside is None else (beside,)))
     # Of no use where the gain is frozen; the compiler then leaves it out.
     d_gain = jnp.sum((dy.astype(jnp.float32) * _normal(how, x)).reshape(-1, gain.size), axis=0)
-    return tuple(d.reshape(dy.shape) for d in gradients), d_gain.astype(gain.dtype)
+    return tuple(d.reshape(dy.shape) for d in found), d_gain.astype(gain.dtype)
 
 
-norm.defvjp(_forward, _backward)
+norm.defvjp(_forward, gradients)
+
+
+def _forward_beside(
+    how: How, x: jax.Array, gain: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], _Operands]:
+    return norm_beside(how, x, gain), ((x,), gain)
+
+
+def _backward_beside(
+    how: How, operands: _Operands, both: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (dx,), d_gain = gradients(how, operands, *both)
+    return dx, d_gain
+
+
+norm_beside.defvjp(_forward_beside, _backward_beside)
 
 
 def _normal(how: How, x: tuple[jax.Array, ...]) -> jax.Array:
@@ -84,6 +112,15 @@ def _normal(how: How, x: tuple[jax.Array, ...]) -> jax.Array:
         gate = x[0].astype(jnp.float32)
         product *= jax.nn.silu(gate) if how.activation == "silu" else jnp.square(jax.nn.relu(gate))
     return product * lax.rsqrt(jnp.mean(product * product, axis=-1, keepdims=True) + how.eps)
+
+
+def wide_gain(gain: jax.Array) -> jax.Array:
+    """In float32, as kernels use it.
+
+    XLA makes a slice of a stack of gains and its conversion one small kernel, which may run beside
+    others; the slice alone would be a copy, which waits for its turn on a stream of its own.
+    """
+    return gain.astype(jnp.float32)
 
 
 def _rows(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

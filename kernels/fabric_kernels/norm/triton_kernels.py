@@ -18,23 +18,34 @@ def forward(how: How, x: tuple[jax.Array, ...], gain: jax.Array, *, mode: Mode) 
     """``act(gate) · up`` or x, [M, n], normalised, times ``gain`` [n]."""
 
     def kernel(x: tuple[Ref, ...], gain: Ref, out: Ref) -> None:
-        at, mask = _columns(out)
-        product = _product(how, [_load(ref, at, mask) for ref in x])
-        normal = (product * _inverse(how, product, out.shape[1])).astype(out.dtype)
-        weight = _load(gain, at, mask, row=False).astype(out.dtype)
-        plgpu.store(out.at[pl.program_id(0), at], normal * weight, mask=mask)
+        at, mask = columns_of(out)
+        plgpu.store(out.at[pl.program_id(0), at], normalised(how, x, gain, out), mask=mask)
 
     shape = jax.ShapeDtypeStruct(x[0].shape, x[0].dtype)
-    return _call(kernel, shape, mode, "norm")(x, gain)
+    return _call(kernel, shape, params(gain.size), mode, "norm")(x, gain)
+
+
+def normalised(how: How, x: tuple[Ref, ...], gain: Ref, out: Ref) -> jax.Array:
+    """This program's row in the dtype of ``out``; zeros past its columns."""
+    at, mask = columns_of(out)
+    product = _product(how, [_load(ref, at, mask) for ref in x])
+    normal = (product * _inverse(how, product, out.shape[1])).astype(out.dtype)
+    return normal * _load(gain, at, mask, row=False).astype(out.dtype)
 
 
 def backward(
-    how: How, x: tuple[jax.Array, ...], gain: jax.Array, dy: jax.Array, *, mode: Mode
+    how: How,
+    x: tuple[jax.Array, ...],
+    gain: jax.Array,
+    dy: jax.Array,
+    beside: jax.Array | None = None,
+    *,
+    mode: Mode,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of :func:`forward` by its rows, of ``dy`` [M, n]."""
+    """The gradients of :func:`forward` by its rows, of ``dy`` [M, n]; the last plus ``beside``."""
 
-    def kernel(x: tuple[Ref, ...], gain: Ref, dy: Ref, *outputs: Ref) -> None:
-        at, mask = _columns(dy)
+    def kernel(x: tuple[Ref, ...], gain: Ref, dy: Ref, beside: Ref | None, *outputs: Ref) -> None:
+        at, mask = columns_of(dy)
         rows = [_load(ref, at, mask) for ref in x]
         product = _product(how, rows)
         inverse = _inverse(how, product, dy.shape[1])
@@ -47,29 +58,39 @@ def backward(
             gate, up = rows
             activated, slope = activation(how, gate)
             gradients = [d_product * up * slope, d_product * activated]
+        if beside is not None:
+            gradients[-1] = gradients[-1] + _load(beside, at, mask)
         for out, gradient in zip(outputs, gradients, strict=True):
             plgpu.store(out.at[pl.program_id(0), at], gradient.astype(out.dtype), mask=mask)
 
     shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in x]
-    return tuple(_call(kernel, shapes, mode, "norm_gradients")(x, gain, dy))
+    tile = params(gain.size, gradients=True)
+    return tuple(_call(kernel, shapes, tile, mode, "norm_gradients")(x, gain, dy, beside))
 
 
-def _call(kernel: Any, shapes: Any, mode: Mode, name: str) -> Any:
-    rows, columns = jax.tree.leaves(shapes)[0].shape
-    # Eight to sixteen channels a thread: more of them leave no registers for other rows.
-    block = pl.next_power_of_2(columns)
-    warps = min(16, max(4, block // (256 if block > 2048 else 512)))
+def _call(kernel: Any, shapes: Any, tile: plgpu.CompilerParams, mode: Mode, name: str) -> Any:
     return pl.pallas_call(
         kernel,
         out_shape=shapes,
-        grid=(rows,),
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        grid=(jax.tree.leaves(shapes)[0].shape[0],),
+        compiler_params=tile,
         interpret=mode == "interpret",
         name=name,
     )
 
 
-def _columns(ref: Ref) -> tuple[jax.Array, jax.Array | None]:
+def params(columns: int, *, gradients: bool = False) -> plgpu.CompilerParams:
+    """Of a program that has a row of so many channels.
+
+    The fastest on an H200 of 2048 channels and, gated, of 3584; a row of 8,192 or more has to fit
+    the registers.
+    """
+    block = pl.next_power_of_2(columns)
+    warps = 8 if block <= 2048 else 16 if gradients or block > 4096 else 4
+    return plgpu.CompilerParams(num_warps=min(warps, max(1, block // 128)), num_stages=1)
+
+
+def columns_of(ref: Ref) -> tuple[jax.Array, jax.Array | None]:
     """Indices of a row [n], up to the next power of two, and which of them there are."""
     n = ref.shape[1]
     at = lax.iota(jnp.int32, pl.next_power_of_2(n))

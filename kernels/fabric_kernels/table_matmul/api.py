@@ -14,11 +14,13 @@ from jax import lax
 
 from fabric_kernels import cpu_library
 from fabric_kernels.block_quantization import BlockTable
-from fabric_kernels.table_matmul import xla
+from fabric_kernels.table_matmul import triton, xla
 from fabric_kernels.table_matmul.quantized import block_product, block_transposed
 
-Implementation = Literal["xla", "cpu"]
+Implementation = Literal["xla", "cpu", "triton"]
 FEW_ROWS = 16
+OLDEST_GPU = 8
+"""Major compute capability from which on ``None`` means Triton for what it takes."""
 CPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -35,7 +37,8 @@ def table_matmul(
         x: [..., K], floats.
         table: [N, K], floats or quantised. Quantised rows are multiplied in the dtype of ``x``, and
             at most 8 MiB of them exist as floats at once.
-        implementation: ``cpu`` or ``xla``; None picks. A named one runs or raises.
+        implementation: ``cpu``, ``triton`` (of few rows in half precision) or ``xla``; None picks.
+            A named one runs or raises.
 
     Raises:
         ValueError: the shapes do not fit, or the implementation is unknown or has no product with
@@ -44,7 +47,7 @@ def table_matmul(
     _check(x, table, 1)
     if isinstance(table, BlockTable):
         return block_product(_codes_on_cpu(x, table, implementation), x, table)
-    return _product(_on_cpu(table, implementation), x, table)
+    return _product(_chosen(x, table, implementation), x, table)
 
 
 def table_matmul_transposed(
@@ -55,12 +58,16 @@ def table_matmul_transposed(
     if isinstance(table, BlockTable):
         _check_quantized(table, implementation)
         return block_transposed(g, table)
+    if implementation == "triton":
+        raise ValueError("the Triton product is a forward one: use cpu or xla")
     return _transposed(_on_cpu(table, implementation), g, table)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(on_cpu: bool, x: jax.Array, table: jax.Array) -> jax.Array:
-    if not on_cpu:
+def _product(chosen: Implementation, x: jax.Array, table: jax.Array) -> jax.Array:
+    if chosen == "triton":
+        return triton.product(x, table)
+    if chosen == "xla":
         return xla.product(x, table)
     out = jax.ShapeDtypeStruct((*x.shape[:-1], table.shape[0]), jnp.float32)
     call = jax.ffi.ffi_call("fabric_table", out, vmap_method="sequential")
@@ -79,13 +86,13 @@ def _transposed(on_cpu: bool, g: jax.Array, table: jax.Array) -> jax.Array:
 _Pair = tuple[jax.Array, jax.Array]
 
 
-def _product_fwd(on_cpu: bool, x: jax.Array, table: jax.Array) -> tuple[jax.Array, _Pair]:
-    return _product(on_cpu, x, table), (x, table)
+def _product_fwd(chosen: Implementation, x: jax.Array, table: jax.Array) -> tuple[jax.Array, _Pair]:
+    return _product(chosen, x, table), (x, table)
 
 
-def _product_bwd(on_cpu: bool, residuals: _Pair, g: jax.Array) -> _Pair:
+def _product_bwd(chosen: Implementation, residuals: _Pair, g: jax.Array) -> _Pair:
     x, table = residuals
-    dx: jax.Array = _transposed(on_cpu, g.astype(x.dtype), table)
+    dx: jax.Array = _transposed(chosen == "cpu", g.astype(x.dtype), table)
     return dx.astype(x.dtype), _outer(g, x).astype(table.dtype)
 
 
@@ -95,7 +102,7 @@ def _transposed_fwd(on_cpu: bool, g: jax.Array, table: jax.Array) -> tuple[jax.A
 
 def _transposed_bwd(on_cpu: bool, residuals: _Pair, h: jax.Array) -> _Pair:
     g, table = residuals
-    dg: jax.Array = _product(on_cpu, h.astype(g.dtype), table)
+    dg: jax.Array = _product("cpu" if on_cpu else "xla", h.astype(g.dtype), table)
     return dg.astype(g.dtype), _outer(g, h).astype(table.dtype)
 
 
@@ -112,6 +119,25 @@ def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
         (((0,), (0,)), ((), ())),
         precision=lax.Precision.HIGHEST,
     )
+
+
+def _chosen(
+    x: jax.Array, table: jax.Array, implementation: Implementation | None
+) -> Implementation:
+    """What runs the product; None means Triton on an NVIDIA GPU that has bfloat16."""
+    if implementation == "triton":
+        if not triton.takes(x, table):
+            raise ValueError(
+                f"the Triton product takes two to {triton.MOST_ROWS} rows in half precision and a "
+                f"table of floats; found {x.dtype} {list(x.shape)} and {table.dtype}"
+            )
+        return "triton"
+    if implementation is None and jax.default_backend() == "gpu" and triton.takes(x, table):
+        # AMD's architectures have names where NVIDIA's have numbers.
+        major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+        if major.isdecimal() and int(major) >= OLDEST_GPU:
+            return "triton"
+    return "cpu" if _on_cpu(table, implementation) else "xla"
 
 
 def _on_cpu(table: jax.Array, implementation: Implementation | None) -> bool:

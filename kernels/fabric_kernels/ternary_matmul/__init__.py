@@ -1,5 +1,7 @@
 """Matrix products with packed ternary weights."""
 
+from fabric_kernels.ternary_matmul.adapted_after import adapted_after as adapted_after
+from fabric_kernels.ternary_matmul.adapted_after import normalises as normalises
 from fabric_kernels.ternary_matmul.api import NARROW_PRODUCT as NARROW_PRODUCT
 from fabric_kernels.ternary_matmul.api import GradientBits as GradientBits
 from fabric_kernels.ternary_matmul.api import ternary_linear as ternary_linear

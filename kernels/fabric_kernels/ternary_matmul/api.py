@@ -12,9 +12,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fabric_kernels.gradients import with_gradient_of
+from fabric_kernels.low_rank import NARROW_PRODUCT as NARROW_PRODUCT
 from fabric_kernels.low_rank import LowRank, low_rank_product
 from fabric_kernels.packing import Packing
 from fabric_kernels.ternary_matmul import cpu, divided
+from fabric_kernels.ternary_matmul.adapted_after import (
+    adapted_after,
+    adapter_gradients,
+    normalises,
+)
 from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
 from fabric_kernels.ternary_matmul.select import (
     WITH_ADAPTERS,
@@ -30,8 +36,6 @@ from fabric_kernels.ternary_matmul.weight import TernaryWeight, no_gradient
 GradientBits = Literal[16, 24]
 """Bits of a gradient's fixed-point form in the CPU kernel; others compute in float and take no
 notice of it."""
-NARROW_PRODUCT = "narrow_product"
-"""The name under which rematerialisation policies know what adapters keep for the backward pass."""
 
 
 def ternary_matmul(
@@ -159,6 +163,9 @@ def ternary_linear(
             raise ValueError("what is kept is the input of the quantiser: give it no prologue")
         if all(adapter is None for adapter in own) and _fuses(chosen, x, weights[0]):
             return _linear_after(chosen, x, prologue, residual, tuple(weights))
+        if kept is None and normalises(x, prologue, weights, implementation):
+            outputs = adapted_after(x, prologue, weights, own)
+            return outputs if residual is None else (residual + outputs[0],)
         side = side_implementation(implementation)
         x = apply_prologue(x, prologue.of_layer(weights[0].layer), implementation=side)
     outputs = _linear_of(chosen, gradient_bits, x, kept, tuple(weights), own)
@@ -409,17 +416,9 @@ def _adapted_linear_bwd(
     dx, pairs = divided.transposed_with_adapters(
         name, read if some else None, gradients, weights, adapters, narrow, bits=how[1]
     )
-    d_adapters = tuple(
-        None
-        if adapter is None or pair is None
-        else LowRank(
-            pair[0].astype(adapter.a.dtype), pair[1].astype(adapter.b.dtype), adapter.scale
-        )
-        for adapter, pair in zip(adapters, pairs, strict=True)
-    )
     frozen = tuple(no_gradient(weight) for weight in weights)
     own, other = (dx, None) if kept is None else (None, dx)
-    return own, other, frozen, d_adapters
+    return own, other, frozen, adapter_gradients(adapters, pairs)
 
 
 _adapted_linear.defvjp(_adapted_linear_fwd, _adapted_linear_bwd)

@@ -21,6 +21,7 @@ from fabric_kernels.ternary_matmul.prologue import Prologue, apply_prologue
 from fabric_kernels.ternary_matmul.select import (
     Implementation,
     products,
+    products_after_norms,
     products_with_adapters,
 )
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
@@ -93,14 +94,7 @@ def linear_with_adapters(
         if cut is None or not cut.inputs:
             outputs, narrow = module.linear_with_adapters(x, weights, adapters)
             return tuple(outputs), tuple(narrow)
-        own = _own(cut, x)
-        outputs = _by_inputs(name, cut, own, weights, x.dtype)
-        products_with_a = [_narrow(cut, own, adapter) for adapter in adapters]
-        outputs = tuple(
-            y if adapter is None or u is None else y + contract_with(u, adapter.b, 0)
-            for y, u, adapter in zip(outputs, products_with_a, adapters, strict=True)
-        )
-        return outputs, tuple(module.kept_narrow(x, products_with_a))
+        return _adapted_by_inputs(name, cut, _own(cut, x), weights, adapters)
 
     labels = (_all_labels(weights), _adapter_labels(adapters))
     return divided(
@@ -113,6 +107,46 @@ def linear_with_adapters(
         ),
         x,
         (tuple(weights), tuple(adapters)),
+    )
+
+
+def linear_with_adapters_after(
+    x: jax.Array,
+    prologue: Prologue,
+    weights: Sequence[TernaryWeight],
+    adapters: _Adapters,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:
+    """``linear_with_adapters`` of ``mosaic_gpu`` of ``norm(act(gate) · x)``, and these values.
+
+    A norm reads all channels; what a device has of the values is that of all of them.
+    """
+    activation, eps = prologue.activation, prologue.eps
+
+    def run(cut: Cut | None, rows: Any, fixed: Any) -> Any:
+        (x, gate), (weights, adapters, gain) = rows, fixed
+        before = Prologue(gate=gate, gain=gain, activation=activation, eps=eps)
+        if cut is None or not cut.inputs:
+            run_there = products_after_norms().linear_with_adapters_after
+            return run_there(x, before, weights, adapters)
+        values = apply_prologue(x, before, implementation=None)
+        outputs, narrow = _adapted_by_inputs(
+            "mosaic_gpu", cut, _slice(cut, values), weights, adapters
+        )
+        return outputs, narrow, values
+
+    return divided(
+        Divisible(
+            run=run,
+            labels=(
+                ("... channel", (prologue.gate is not None and "... channel") or None),
+                (_all_labels(weights), _adapter_labels(adapters), "channel"),
+            ),
+            results=_outputs(weights),
+            geometry=Geometry.of(weights[0]),
+            matrices=len(weights),
+        ),
+        (x, prologue.gate),
+        (tuple(weights), tuple(adapters), prologue.gain),
     )
 
 
@@ -278,6 +312,23 @@ def _by_inputs(
         scale_sums(total, act_scale, weight.single().scale).astype(dtype)
         for total, weight in zip(lax.psum(sums, cut.inputs), weights, strict=True)
     )
+
+
+def _adapted_by_inputs(
+    name: Implementation,
+    cut: Cut,
+    own: jax.Array,
+    weights: Sequence[TernaryWeight],
+    adapters: _Adapters,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """``linear_with_adapters`` of this device's channels."""
+    outputs = _by_inputs(name, cut, own, weights, own.dtype)
+    products_with_a = [_narrow(cut, own, adapter) for adapter in adapters]
+    outputs = tuple(
+        y if adapter is None or u is None else y + contract_with(u, adapter.b, 0)
+        for y, u, adapter in zip(outputs, products_with_a, adapters, strict=True)
+    )
+    return outputs, tuple(products_with_adapters(name).kept_narrow(own, products_with_a))
 
 
 def _local_gradients(

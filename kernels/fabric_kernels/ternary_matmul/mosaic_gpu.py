@@ -12,6 +12,7 @@ m64nNk32 of .s8. Weights as the register operand: the idea of the mixed-type ker
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -109,41 +110,38 @@ def linear_with_adapters(
     if len(rows) <= MOST_IN_PLANES and all(adapter is None for adapter in own):
         outputs, kept = _of_planes(rows, tuple(weights), dtype, interpret)
     else:
-        outputs, kept = _of_rows(rows, tuple(weights), own, dtype, interpret)
+        quantized = quantized_rows(rows, tuple(weights), own, *codes_shape(len(rows), weights))
+        outputs, kept = of_quantized(rows, quantized, weights, own, dtype, interpret=interpret)
     return (
         tuple(y.reshape(*leading, y.shape[-1]) for y in outputs),
         tuple(u.reshape(*leading, u.shape[-1]) for u in kept),
     )
 
 
-def _of_planes(
-    rows: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype, interpret: Any
-) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
-    """Products of codes in planes, and the narrow products of no adapter."""
-    choose = mosaic_gpu_planes_tiles.choose_tiles
-    tokens = max(choose(len(rows), weight.n, weight.k).tokens for weight in weights)
-    codes, sums, factors = quantized_planes(rows, weights, *_codes_shape(rows, weights, tokens))
-    outputs = [
-        mosaic_gpu_planes.product(
-            codes, sums, weight, factor, dtype, m=len(rows), interpret=interpret
-        ).astype(rows.dtype)
-        for weight, factor in zip(weights, factors, strict=True)
-    ]
-    return outputs, kept_narrow(rows, ())
+def codes_shape(m: int, weights: Sequence[TernaryWeight]) -> tuple[int, int]:
+    """Of the codes of ``m`` tokens in rows, so that no product pads them."""
+    choose = mosaic_gpu_rows_tiles.choose_tiles
+    tokens = max(choose(m, weight.n).tokens for weight in weights)
+    return _up(m, tokens), _columns(weights[0])
 
 
-def _of_rows(
+def _columns(weight: TernaryWeight) -> int:
+    """Codes of a row, so that no product pads it."""
+    width = _up(weight.packed.shape[-1], PIECE_BYTES)
+    return CODES_PER_BYTE * max(PIECE_BYTES * 2, width)
+
+
+def of_quantized(
     rows: jax.Array,
-    weights: tuple[TernaryWeight, ...],
+    quantized: tuple[jax.Array, list[jax.Array], jax.Array],
+    weights: Sequence[TernaryWeight],
     adapters: tuple[LowRank | None, ...],
     dtype: jnp.dtype,
-    interpret: Any,
+    *,
+    interpret: Any = None,
 ) -> tuple[list[jax.Array], Sequence[jax.Array]]:
-    """Products of codes in rows with shares added, and narrow ones."""
-    choose = mosaic_gpu_rows_tiles.choose_tiles
-    tokens = max(choose(len(rows), weight.n).tokens for weight in weights)
-    shape = _codes_shape(rows, weights, tokens)
-    codes, factors, narrow = quantized_rows(rows, weights, adapters, *shape)
+    """The products of ``quantized_rows`` of ``rows`` [M, K] with shares added, and narrow ones."""
+    codes, factors, narrow = quantized
     shares = mosaic_gpu_share.shares_of(narrow, adapters, dtype)
     outputs = [
         mosaic_gpu_rows.product(
@@ -155,10 +153,20 @@ def _of_rows(
     return add_shares(rows, outputs, adapters, narrow, added=added)
 
 
-def _codes_shape(rows: jax.Array, weights: Sequence[TernaryWeight], tokens: int) -> tuple[int, int]:
-    """Of the codes, so that no product in tiles of up to so many tokens pads them."""
-    width = max(PIECE_BYTES * 2, _up(weights[0].packed.shape[-1], PIECE_BYTES))
-    return _up(len(rows), tokens), CODES_PER_BYTE * width
+def _of_planes(
+    rows: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype, interpret: Any
+) -> tuple[list[jax.Array], Sequence[jax.Array]]:
+    """Products of codes in planes, and the narrow products of no adapter."""
+    m, choose = len(rows), mosaic_gpu_planes_tiles.choose_tiles
+    tokens = max(choose(m, weight.n, weight.k).tokens for weight in weights)
+    shape = _up(m, tokens), _columns(weights[0])
+    codes, sums, factors = quantized_planes(rows, weights, *shape)
+    product = partial(mosaic_gpu_planes.product, codes, sums, m=m, interpret=interpret)
+    outputs = [
+        product(weight, factor, dtype).astype(rows.dtype)
+        for weight, factor in zip(weights, factors, strict=True)
+    ]
+    return outputs, kept_narrow(rows, ())
 
 
 def linear_transposed(

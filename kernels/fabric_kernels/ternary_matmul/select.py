@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import jax
 
@@ -139,6 +139,11 @@ def products(implementation: Implementation) -> Products:
     """The module of an implementation; Pallas' are imported when they are first asked for."""
     name = f"fabric_kernels.ternary_matmul.{implementation}"
     return cast(Products, import_module(name))
+
+
+def products_after_norms() -> Any:
+    """The module of ``mosaic_gpu``'s products of norms."""
+    return import_module("fabric_kernels.ternary_matmul.mosaic_gpu_after")
 
 
 def products_with_adapters(implementation: Implementation) -> ProductsWithAdapters:

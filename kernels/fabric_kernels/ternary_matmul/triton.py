@@ -27,6 +27,8 @@ from fabric_kernels.ternary_matmul.triton_group import (
 from fabric_kernels.ternary_matmul.triton_group import kept_narrow as kept_narrow
 from fabric_kernels.ternary_matmul.triton_layout import (
     MULTIPROCESSORS,
+    batch_kernels,
+    batch_tile,
     check_float,
     kernels,
     planes_of,
@@ -47,6 +49,8 @@ FEW_TOKENS = 2
 From there on matrix units are faster (H200, N 13824, K 5120: 16 us for one token, 86 for eight; 24
 for 64 on matrix units).
 """
+BATCH_TOKENS = 64
+"""Up to these many rows a prologue goes with the quantiser, and a residual with the product."""
 GATED_BY_EACH = 4096
 """Channels up to which each program computes the gate too. On an H200, of 13824 channels, gate,
 norm and product took 33 us, norm and product 16: more than a launch for the gate."""
@@ -84,7 +88,7 @@ def linear_with_adapters(
 
 def fuses_prologue(rows: int, weight: TernaryWeight) -> bool:
     """Whether :func:`linear_after` takes these."""
-    return 0 < rows <= FEW_TOKENS and weight.packing == "ternary2"
+    return 0 < rows <= BATCH_TOKENS and weight.packing == "ternary2"
 
 
 def linear_after(
@@ -93,19 +97,22 @@ def linear_after(
     prologue: Prologue,
     residual: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """``residual + linear(norm(act(gate) · x))`` in one launch; where :func:`fuses_prologue`.
+    """``residual + linear(norm(act(gate) · x))`` where :func:`fuses_prologue`.
 
-    The gate has one of its own where there are many channels.
+    In one launch up to ``FEW_TOKENS`` rows, but for the gate where there are many channels; in two
+    of more rows.
     """
     check_float(x)
-    if prologue.gate is not None and x.shape[-1] > GATED_BY_EACH:
+    few = x.size // x.shape[-1] <= FEW_TOKENS
+    if few and prologue.gate is not None and x.shape[-1] > GATED_BY_EACH:
         gated = replace(prologue, gain=None)
         x = apply_prologue(x, gated, implementation="xla")
         prologue = replace(prologue, gate=None, activation=None)
     gate = prologue.gate
     flat = replace(prologue, gate=None if gate is None else gate.reshape(-1, x.shape[-1]))
     rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    outputs = _few_tokens(x.reshape(-1, x.shape[-1]), tuple(weights), x.dtype, flat, rows)
+    own = x.reshape(-1, x.shape[-1]), tuple(weights)
+    outputs = _few_tokens(*own, x.dtype, flat, rows) if few else _batch(*own, flat, rows)
     return _with_axes(outputs, x.shape[:-1])
 
 
@@ -250,6 +257,43 @@ def _few_tokens(
         return few.few_tokens(row, *weights, tile, mode=mode, dtype=dtype)
 
     return on_platform(call, rows, before, residual, (packed, layers, scales))
+
+
+def _batch(
+    rows: jax.Array,
+    weights: tuple[TernaryWeight, ...],
+    prologue: Prologue,
+    residual: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """What comes before the quantiser and that in a launch, the products in the next."""
+    m, width = rows.shape[0], width_of(weights[0])
+    tile = batch_tile(m, [w.n for w in weights], width)
+    shape = (tile.m, width + -width % tile.w)
+    packed, scales, layers = zip(*(stack_of(w) for w in weights), strict=True)
+
+    def call(
+        rows: jax.Array, before: Prologue, residual: Any, weights: tuple[Any, ...], *, mode: Any
+    ) -> Any:
+        packed, layers, scales = weights
+        kernel = batch_kernels()
+        if mode == "rocm":
+            alone = before.of_layer(layers[0][0])
+            x = apply_prologue(rows, alone, implementation="xla")
+            codes = kernel.codes_by_xla(x, shape)
+        else:
+            row = kernels()[1].Row(
+                x=rows,
+                gate=before.gate,
+                activation=before.activation,
+                gain=before.gain,
+                eps=before.eps,
+            )
+            codes = kernel.batch_codes(row, layers[0], shape, mode=mode)
+        return kernel.batch_products(
+            codes, packed, layers, scales, residual, tile, m=m, mode=mode, dtype=rows.dtype
+        )
+
+    return on_platform(call, rows, prologue, residual, (packed, layers, scales))
 
 
 def _row_tile(width: int, n: int) -> "Tile":

@@ -236,18 +236,32 @@ def codes_of_row(
         columns: of bytes, W of them.
         mode: what runs it.
     """
-    (t, layer), (activation, eps) = at, before
-    x = load_planes(refs["x"], t, columns)
+    t = at[0]
     if refs["x"].dtype == jnp.int8:
+        x = load_planes(refs["x"], t, columns)
         factor = partial(jnp.full, fill_value=refs["factors"][t]) if "factors" in refs else None
         return _as_codes([plane.astype(jnp.int32) for plane in x], factor)
+    return _as_codes(*quantized_row(refs, before, at, columns, mode))
+
+
+def quantized_row(
+    refs: dict[str, Ref],
+    before: tuple[Gate | None, float],
+    at: tuple[Any, jax.Array],
+    columns: jax.Array,
+    mode: Mode,
+) -> tuple[list[jax.Array], Callable[[tuple[int, ...]], jax.Array]]:
+    """A token of floats: the planes of its codes, int32 [W], and its factor as in ``Codes``."""
+    (t, layer), (activation, eps) = at, before
+    x = load_planes(refs["x"], t, columns)
     if activation is not None:
         gates = load_planes(refs["gate"], t, columns)
         x = [gated(g, plane, activation) for g, plane in zip(gates, x, strict=True)]
     gain = refs.get("gain")
-    row = None if gain is None or len(gain.shape) == 1 else layer
-    gains = None if gain is None else load_planes(gain, row, columns)
-    return codes_of_floats(x, gains, refs["x"].shape[1], eps, mode)
+    if gain is not None:
+        gains = load_planes(gain, None if len(gain.shape) == 1 else layer, columns)
+        x = _normalise(x, gains, refs["x"].shape[1], eps)
+    return _quantize([plane.astype(jnp.float32) for plane in x], mode)
 
 
 def load_planes(

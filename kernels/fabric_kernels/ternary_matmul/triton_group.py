@@ -9,6 +9,7 @@ sums are float32 and a result is rounded once.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,7 +78,7 @@ def linear_group(
         )
         return list(outputs), narrow
 
-    outputs, narrow = on_platform(call, x, weights, _small(adapters))
+    outputs, narrow = on_platform(call, x, weights, small_adapters(adapters))
     return _with_large(x, outputs, adapters, narrow)
 
 
@@ -95,7 +96,7 @@ def quantized_rows(
         codes, _, factors, narrow = _quantized(x, weights, small, layout, mode)
         return codes, factors, narrow
 
-    return on_platform(call, x, weights, _small(adapters))
+    return on_platform(call, x, weights, small_adapters(adapters))
 
 
 def quantized_planes(
@@ -176,7 +177,7 @@ def transposed_group(
     def call(*args: Any, mode: Mode) -> Any:
         return _transposed(*args, mode=mode)
 
-    small, large = _small(adapters), _large(adapters)
+    small, large = small_adapters(adapters), _large(adapters)
     own, others = list(narrow[:1]), list(narrow[1:])
     dx, pairs = on_platform(call, x, gradients, weights, small, own, products, total)
     for i, one in enumerate(large):
@@ -250,7 +251,10 @@ def narrow_gradients(
         module = group_kernels()[1]
         return module.over_outputs(gradients, matrices, small, 0, None, tile, **options)[1]
 
-    return on_platform(call, tuple(gradients), weights, adapters)
+    # Cast here, a layer's slice of a stack of adapters is no copy of its own.
+    dtype = gradients[0].dtype
+    own = tuple(None if one is None else replace(one, b=one.b.astype(dtype)) for one in adapters)
+    return on_platform(call, tuple(gradients), weights, own)
 
 
 def adapter_gradients(
@@ -307,7 +311,7 @@ def _is_small(adapter: LowRank | None) -> bool:
     return adapter is not None and adapter.a.shape[0] <= MAX_RANK
 
 
-def _small(adapters: Adapters) -> Adapters:
+def small_adapters(adapters: Adapters) -> Adapters:
     """Those that the kernels take."""
     return tuple(one if _is_small(one) else None for one in adapters)
 
@@ -352,7 +356,7 @@ def add_shares(
         added = iter(group_kernels()[1].add_up(sums, [], tile, dtype=x.dtype, mode=mode)[0])
         return [y if s is None else next(added) for y, s in zip(outputs, shares, strict=True)]
 
-    small = _small(adapters)
+    small = small_adapters(adapters)
     if not added and any(one is not None for one in small):
         outputs = on_platform(call, list(outputs), small, narrow)
     return _with_large(x, [y.astype(x.dtype) for y in outputs], adapters, narrow)
@@ -374,7 +378,7 @@ def add_by_xla(
     x: jax.Array, outputs: Sequence[jax.Array], adapters: Adapters
 ) -> tuple[list[jax.Array], Narrow]:
     """The same without kernels."""
-    small = _small(adapters)
+    small = small_adapters(adapters)
     own = [narrow_product(x, one) for one in small if one is not None]
     narrow = _padded(x, own)
     result = [
