@@ -1,4 +1,4 @@
-"""Products of codes in planes, of up to some hundreds of tokens, where tiles are hard to fill.
+"""Products of codes in planes, for up to about a thousand tokens, where tiles are hard to fill.
 
 ``y^T[N, M] = codes[N, K] · x[M, K]^T`` by tiles of the output. What goes with 16 packed bytes lies
 in planes, one for each field of a byte, so that masks of a packed word are the register operand: of

@@ -157,18 +157,19 @@ def transposed_codes(packed: Any, outputs: int, dtype: Any) -> Any:
     word = ir.IntegerType.get_signless(32)
     thread = mgpu.utils.thread_idx()
     lane, warp = masked(thread, 0, 31), masked(thread, 5, 3)
+    base = llvm.ptrtoint(word, mgpu.utils.memref_ptr(packed))
+    base = arith.addi(base, arith.shli(lane, constant(5)))
     # A lane addresses row ``lane`` of 32, at the 16 bytes of its warpgroup: those lie at the place
     # that the swizzle gives them, which depends on bit 2 of the row.
     place = arith.xori(masked(thread, 7, 1), masked(lane, 2, 1))
-    offset = arith.addi(arith.shli(lane, constant(5)), arith.shli(place, constant(4)))
-    base = arith.addi(llvm.ptrtoint(word, mgpu.utils.memref_ptr(packed)), offset)
     first = arith.subi(constant(14), arith.shli(warp, constant(2)))
     shifts = first, arith.subi(first, constant(2))
     registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((64, outputs)), dtype=object)
     flat = registers.reshape(outputs // 8, 2)
     register_type = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
     for step in range(outputs // 32):
-        words = _transposed_words(arith.addi(base, constant(1024 * step)))
+        offset = arith.addi(arith.shli(place, constant(4)), constant(1024 * step))
+        words = _transposed_words(arith.addi(base, offset))
         for (i, own), half in product(enumerate(words), range(2)):
             spread = arith.andi(arith.shli(own, shifts[half]), constant(0xC000C000))
             spread = arith.xori(spread, constant(0x40004000))
