@@ -46,9 +46,32 @@ def problem(case: Any, dtype: str) -> dict[str, Any]:
     }
 
 
+# Layers of bitnet-1b, bitnet-2b-4t and bitnet-13b.
+DEVICE_SHAPES = [
+    (32, (2048, 2048, 2048), 2048),
+    (32, (2048,), 3584),
+    (8, (2560, 640, 640), 2560),
+    (8, (2560,), 6912),
+    (64, (13824, 13824), 5120),
+    (64, (5120,), 13824),
+]
+
+
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sums_and_scales_are_exact(case: Any, dtype: str) -> None:
+    check_exact(case, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", DEVICE_SHAPES, ids=str)
+def test_sums_and_scales_of_large_layers_are_exact(case: Any) -> None:
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a CUDA device")
+    check_exact(case, "bfloat16")
+
+
+def check_exact(case: Any, dtype: str) -> None:
     """Quantiser, sums and scales of numpy, in its own integers; a residual added last."""
     given = problem(case, dtype)
     residual = given["residual"] if len(case[1]) == 1 else None
@@ -66,7 +89,8 @@ def test_sums_and_scales_are_exact(case: Any, dtype: str) -> None:
     act = (np.float32(1) / largest) * np.float32(127)
     rounded = np.clip(np.rint(x * act), -128, 127).astype(np.int64)
     for y, codes, scale in zip(found, given["codes"], given["scales"], strict=True):
-        sums = (rounded @ codes.astype(np.int64).T).astype(np.float32)
+        # Whole numbers below 2^53: exact in float64, whose product is faster.
+        sums = (rounded.astype(np.float64) @ codes.T.astype(np.float64)).astype(np.float32)
         expected = jnp.asarray(sums * ((np.float32(1) / act) * scale)).astype(dtype)
         if residual is not None:
             expected = residual + expected
