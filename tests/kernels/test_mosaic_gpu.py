@@ -1,5 +1,6 @@
-"""The Hopper kernel: arithmetic in interpret mode, lowering anywhere, exactness on a GPU."""
+"""The Hopper kernels: arithmetic in interpret mode, lowering anywhere, exactness on a GPU."""
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -7,11 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fabric_kernels import LowRank
 from fabric_kernels.packing import pack
-from fabric_kernels.ternary_matmul import mosaic_gpu, xla
+from fabric_kernels.ternary_matmul import mosaic_gpu, mosaic_gpu_planes, mosaic_gpu_rows, xla
+from fabric_kernels.ternary_matmul.mosaic_gpu_planes_tiles import Tiles
+from fabric_kernels.ternary_matmul.triton_group import turned
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
 INT32 = jnp.dtype(jnp.int32)
+TILES = [
+    Tiles(8, codes=512),
+    Tiles(16, codes=256, parts=2),
+    Tiles(64, codes=256),
+    Tiles(96, parts=3),
+    Tiles(128, parts=2),
+    Tiles(128, codes=256, parts=4),
+    Tiles(176),
+    Tiles(256),
+]
 
 
 @pytest.fixture
@@ -50,7 +64,11 @@ def test_interpreted_product_is_exact(interpret: Any, layers: int | None) -> Non
     np.testing.assert_array_equal(product, _exact(tokens, codes))
 
 
-def test_interpreted_linear_is_that_of_xla(interpret: Any) -> None:
+@pytest.mark.parametrize("most_in_planes", [0, 64])
+def test_interpreted_linear_is_that_of_xla(
+    interpret: Any, most_in_planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mosaic_gpu, "MOST_IN_PLANES", most_in_planes)
     _, _, weight = _problem(64, 64, 256, 2)
     x = jax.random.normal(jax.random.key(0), (2, 32, 256), jnp.float32)
     (got,) = mosaic_gpu.linear(x, [weight], interpret=interpret)
@@ -58,9 +76,63 @@ def test_interpreted_linear_is_that_of_xla(interpret: Any) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def test_interpreted_product_of_planes_is_exact(interpret: Any) -> None:
+    """Two tiles of tokens, an odd number of steps, outputs and inputs that are filled up."""
+    tokens, codes, weight = _problem(40, 70, 640, 3, x=-128)
+    tokens[:, ::3] = 127
+    x = jnp.asarray(tokens)
+    sums = jnp.sum(x, axis=1, dtype=jnp.int32)
+    product = mosaic_gpu_planes.product(
+        turned(x), sums, weight, None, INT32, tiles=Tiles(32), interpret=interpret
+    )
+    np.testing.assert_array_equal(product, _exact(tokens, codes))
+
+
+@pytest.mark.parametrize(
+    ("m", "rank", "in_planes"),
+    [(1, None, True), (1024, None, True), (1025, None, False), (8, 4, False)],
+)
+def test_planes_are_for_few_tokens_without_adapters(
+    m: int, rank: int | None, in_planes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, weight = _problem(1, 64, 256)
+    adapter = None if rank is None else LowRank(jnp.zeros((rank, 256)), jnp.zeros((rank, 64)), 1.0)
+    found: list[str] = []
+
+    def note(module: Any) -> None:
+        product = module.product
+
+        def noted(*args: Any, **options: Any) -> jax.Array:
+            found.append(module.__name__.rsplit("_", 1)[1])
+            return product(*args, **options)
+
+        monkeypatch.setattr(module, "product", noted)
+
+    note(mosaic_gpu_planes)
+    note(mosaic_gpu_rows)
+    x = jax.ShapeDtypeStruct((m, 256), jnp.bfloat16)
+    run = lambda x: mosaic_gpu.linear_with_adapters(x, [weight] * 2, [adapter, None])  # noqa: E731
+    jax.eval_shape(run, x)
+    assert found == ["planes" if in_planes else "rows"] * 2
+
+
+def _of_planes(
+    x: jax.Array, sums: jax.Array, weight: TernaryWeight, tiles: Tiles | None
+) -> jax.Array:
+    return mosaic_gpu_planes.product(x, sums, weight, None, INT32, tiles=tiles)
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_tiles_lower(tiles: Tiles) -> None:
+    _, _, weight = _problem(300, 264, 1536, 2)
+    given = jnp.ones((300, 1536), jnp.int8), jnp.ones(300, jnp.int32), weight
+    traced = jax.jit(partial(_of_planes, tiles=tiles)).trace(*given)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("layers", [None, 2])
-@pytest.mark.parametrize("shape", [(1, 3, 5), (100, 130, 515), (300, 4096, 4096)])
+@pytest.mark.parametrize("shape", [(1, 3, 5), (100, 130, 515), (300, 4096, 4096), (1100, 130, 515)])
 def test_lowers_without_a_gpu(shape: tuple[int, int, int], layers: int | None, dtype: str) -> None:
     _, _, weight = _problem(*shape, layers)
     x = jnp.ones((shape[0], shape[2]), dtype)
@@ -74,8 +146,13 @@ def test_lowers_without_a_gpu(shape: tuple[int, int, int], layers: int | None, d
 def test_stack_is_not_copied() -> None:
     _, _, weight = _problem(128, 128, 512, 3)
     x = jnp.ones((128, 512), jnp.int8)
-    lowered = jax.jit(mosaic_gpu.matmul).trace(x, weight).lower(lowering_platforms=("cuda",))
-    assert "slice" not in lowered.as_text().split("mosaic_gpu")[0]
+    of_planes = partial(_of_planes, tiles=None)
+    for traced in (
+        jax.jit(mosaic_gpu.matmul).trace(x, weight),
+        jax.jit(of_planes).trace(x, jnp.ones(128, jnp.int32), weight),
+    ):
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        assert "slice" not in lowered.as_text().split("mosaic_gpu")[0]
 
 
 def test_refuses_other_packings() -> None:
@@ -107,10 +184,27 @@ def test_product_is_exact(problem: dict[str, int]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_tiles_are_exact(tiles: Tiles) -> None:
+    """Cut off at all ends; sums over clusters.
+
+    Of the largest codes: sums of fields and of codes are as far apart as they get.
+    """
+    tokens, codes, weight = _problem(300, 392, 1536, 2, x=-128)
+    tokens[:, ::3] = 127
+    x = jnp.asarray(tokens)
+    sums = jnp.sum(x, axis=1, dtype=jnp.int32)
+    product = jax.jit(partial(_of_planes, tiles=tiles))(turned(x), sums, weight)
+    np.testing.assert_array_equal(product, _exact(tokens, codes))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("m", [5, 300, 1100])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_linear_is_that_of_xla(dtype: str) -> None:
-    _, _, weight = _problem(300, 264, 1152, 3)
-    x = jax.random.normal(jax.random.key(0), (300, 1152), dtype)
+def test_linear_is_that_of_xla(dtype: str, m: int) -> None:
+    _, _, weight = _problem(m, 264, 1152, 3)
+    x = jax.random.normal(jax.random.key(0), (m, 1152), dtype)
     got = jax.jit(lambda x, w: mosaic_gpu.linear(x, [w])[0])(x, weight)
     want = jax.jit(lambda x, w: xla.linear(x, [w])[0])(x, weight)
     tolerance = 2**-7 if dtype == "bfloat16" else 1e-6

@@ -77,9 +77,22 @@ def test_lowers_without_a_gpu(shape: tuple[int, int, int]) -> None:
         assert "slice" not in text.split("@mosaic_gpu")[0]
 
 
+def test_sums_over_clusters_lower() -> None:
+    gradients, weights, _ = _group(100, (130, 640), 270, (1.0, 2.0))
+
+    def run(gradients: Any, weights: Any) -> jax.Array:
+        return mosaic_gpu_transposed.product(gradients, weights, tiles=Tiles(64, parts=4))
+
+    traced = jax.jit(run).trace(gradients, weights)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_tiles_fill_the_rounds_of_multiprocessors() -> None:
-    assert mosaic_gpu_transposed.choose_tiles(8192, 2048).tokens == 128
-    assert mosaic_gpu_transposed.choose_tiles(1024, 2048).tokens == 64
+    choose = mosaic_gpu_transposed.choose_tiles
+    assert choose(8192, 2048, 2048) == Tiles(256)
+    assert choose(1024, 5632, 2048) == Tiles(176)
+    # Few tiles of long sums are cut up along these.
+    assert choose(128, 5120, 13824).parts == 2
 
 
 @pytest.mark.gpu
@@ -94,17 +107,26 @@ def test_product_of_models(m: int, shape: tuple[int, int]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("tokens", [64, 80, 96, 112, 128])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        Tiles(*sizes)
+        for sizes in ((64,), (112,), (176,), (256,), (64, 2), (128, 2), (96, 3), (128, 4))
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_groups(dtype: str, tokens: int) -> None:
-    """Matrices of several sizes and scales; tiles of every size, cut off at both ends."""
+def test_groups(dtype: str, tiles: Tiles) -> None:
+    """Matrices of several sizes and scales; tiles cut off at both ends; always the same bits."""
     outputs, scales = (768, 130, 320), (0.37, -1e-3, 21.0)
     gradients, weights, exact = _group(1003, outputs, 1284, scales, dtype)
 
     def run(gradients: Any, weights: Any) -> jax.Array:
-        return mosaic_gpu_transposed.product(gradients, weights, tiles=Tiles(tokens))
+        return mosaic_gpu_transposed.product(gradients, weights, tiles=tiles)
 
-    assert _relative(jax.jit(run)(gradients, weights), exact) < BOUND
+    dx = jax.jit(run)(gradients, weights)
+    assert _relative(dx, exact) < BOUND
+    np.testing.assert_array_equal(dx, jax.jit(run)(gradients, weights))
 
 
 @pytest.mark.gpu

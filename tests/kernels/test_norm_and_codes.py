@@ -14,7 +14,7 @@ from fabric_kernels.norm import Gate
 from fabric_kernels.norm.triton import How, norm
 from fabric_kernels.norm.triton_codes import forward
 from fabric_kernels.ternary_matmul import adapted_after as adapted_after
-from fabric_kernels.ternary_matmul import apply_prologue, mosaic_gpu, normalises
+from fabric_kernels.ternary_matmul import apply_prologue, mosaic_gpu_rows, normalises
 from fabric_kernels.ternary_matmul.prologue import Prologue
 from fabric_kernels.triton_call import Mode, on_platform
 
@@ -114,7 +114,7 @@ def test_gradient_rule(gated: bool, beside: bool, monkeypatch: pytest.MonkeyPatc
         assert share is None, "the epilogue is for bfloat16"
         return y
 
-    monkeypatch.setattr(mosaic_gpu, "_product", product)
+    monkeypatch.setattr(mosaic_gpu_rows, "product", product)
     monkeypatch.setattr(adapted, "resolve", lambda *_: "triton")
     x, prologue, weights, adapters, gradients, other = problem(gated, m=48, dtype="float32")
     own = [*gradients, other] if beside else gradients

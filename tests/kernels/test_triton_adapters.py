@@ -146,19 +146,26 @@ def test_gradients_go_to_what_is_kept() -> None:
     assert_within(found.b, pairs[0][1], FLOAT32)
 
 
-def test_codes_are_those_of_the_quantiser() -> None:
+@pytest.mark.parametrize("in_planes", [False, True])
+def test_codes_are_those_of_the_quantiser(in_planes: bool) -> None:
     """Bit for bit: ties, rows of many magnitudes, zeros; and zeros past the row."""
     problem = Problem(n=(5, 6), k=301, leading=(20,), ranks=(None, None))
     x = problem.x.at[0].set(np.linspace(-127, 127, 301).round() / 2).at[1].set(0)
-    codes, factors, _ = compiled(
-        lambda x, weights: triton_group.quantized_rows(x, weights, (None, None), 24, 320),
-        x,
-        problem.weights,
-    )
     expected, scale = quantize(x)
+    k = np.arange(320)
+    if in_planes:
+        k = k // 64 * 64 + k % 4 * 16 + k // 4 % 16
+        run = partial(triton_group.quantized_planes, rows=24, columns=320)
+        codes, sums, factors = compiled(run, x, problem.weights)
+        np.testing.assert_array_equal(sums[:20], np.sum(np.asarray(expected, np.int64), axis=1))
+        padded = jnp.asarray(np.pad(expected, ((0, 0), (0, 19))))
+        np.testing.assert_array_equal(triton_group.turned(padded), codes[:20])
+    else:
+        run = partial(triton_group.quantized_rows, adapters=(None, None), rows=24, columns=320)
+        codes, factors, _ = compiled(run, x, problem.weights)
     assert codes.shape == (24, 320)
-    np.testing.assert_array_equal(codes[:20, :301], expected)
-    assert not np.any(np.asarray(codes)[:20, 301:])
+    np.testing.assert_array_equal(codes[:20, k[:301]], expected)
+    assert not np.any(np.asarray(codes)[:20, k[301:]])
     factor = np.float32(1) / scale[:, 0].astype(np.float32)
     for found, of_matrix in zip(factors, problem.scales, strict=True):
         np.testing.assert_array_equal(found[:20], factor * np.float32(of_matrix))

@@ -2,51 +2,50 @@
 
 The roles are swapped, ``y^T[N, M] = codes[N, K] · x[M, K]^T``: wgmma takes its first operand from
 registers, so packed bytes go from shared memory to registers and become int8 codes there, and
-unpacked weights are never stored. The second operand, the tokens, comes from shared memory in rows
-of k, as the quantiser wrote them: no permutation, and no offset to take off.
+unpacked weights are never stored. The second operand, the tokens, comes from shared memory.
 
-One warpgroup copies, the others unpack and multiply: while one of them unpacks, the products of the
-other run. Layouts of fragments: PTX ISA 9.7.15.5, wgmma m64nNk32 of .s8. Weights as the register
-operand: the idea of the mixed-type kernels for this chip (Machete; JAX's and tokamax's).
+Two kernels: for codes in planes (``mosaic_gpu_planes``) and for codes in rows of k, any number of
+tokens and what adapters add (``mosaic_gpu_rows``). Layouts of fragments: PTX ISA 9.7.15.5, wgmma
+m64nNk32 of .s8. Weights as the register operand: the idea of the mixed-type kernels for this chip
+(Machete; JAX's and tokamax's).
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fabric_kernels.absmax import scale_sums
 from fabric_kernels.low_rank import LowRank
-from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
-from fabric_kernels.ternary_matmul import mosaic_gpu_share, mosaic_gpu_transposed, triton, xla
-from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands, Share
-from fabric_kernels.ternary_matmul.mosaic_gpu_tiles import (
-    MULTIPROCESSORS,
-    PIECE_BYTES,
-    SWIZZLE,
-    Tiles,
-    choose_tiles,
+from fabric_kernels.packing import CODES_PER_BYTE
+from fabric_kernels.ternary_matmul import (
+    mosaic_gpu_planes,
+    mosaic_gpu_planes_tiles,
+    mosaic_gpu_rows,
+    mosaic_gpu_rows_tiles,
+    mosaic_gpu_share,
+    mosaic_gpu_transposed,
+    triton,
+    xla,
 )
-from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_codes
+from fabric_kernels.ternary_matmul.mosaic_gpu_rows_tiles import PIECE_BYTES
 from fabric_kernels.ternary_matmul.triton_group import (
     adapter_gradients,
     add_shares,
     narrow_gradients,
+    quantized_planes,
     quantized_rows,
 )
 from fabric_kernels.ternary_matmul.triton_group import kept_narrow as kept_narrow
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
-TILE_ROWS = 8
-"""Of a swizzled tile of shared memory; what it is copied from or to has whole tiles."""
-MEMORY_REGISTERS = 40
+MOST_IN_PLANES = 1024
+"""Up to so many tokens, and without adapters, codes go in planes: where that has been timed. On an
+H200 a product then took about two thirds of the time of one of rows, at 128 and at 1024 tokens."""
 LEAST_TOKENS = 128
 """From so many on the backward product is a kernel of this module too; Triton's divides the outputs
 of a matrix among programs, so that few tokens occupy the GPU."""
@@ -57,7 +56,8 @@ UNPACKED_TOKENS = 1024
 def matmul(x: jax.Array, weight: TernaryWeight, *, interpret: Any = None) -> jax.Array:
     """``x[..., k] · codes[n, k]^T`` of int8 ``x``, exact in int32."""
     rows = x.reshape(-1, weight.k)
-    y = _product(rows, weight, None, jnp.dtype(jnp.int32), interpret=interpret)
+    _check_packing(weight)
+    y = mosaic_gpu_rows.product(rows, weight, None, jnp.dtype(jnp.int32), interpret=interpret)
     return y.reshape(*x.shape[:-1], weight.n)
 
 
@@ -74,7 +74,8 @@ def scaled(
         return scale_sums(matmul(codes, weight), act_scale, weight.single().scale).astype(dtype)
     rows = codes.reshape(-1, weight.k)
     factor = ((1.0 / act_scale) * weight.single().scale).reshape(-1)
-    y = _product(rows, weight, factor, dtype, interpret=interpret)
+    _check_packing(weight)
+    y = mosaic_gpu_rows.product(rows, weight, factor, dtype, interpret=interpret)
     return y.reshape(*codes.shape[:-1], weight.n)
 
 
@@ -106,8 +107,11 @@ def linear_with_adapters(
         return triton.linear_with_adapters(x, weights, adapters)
     rows, leading, own = x.reshape(-1, x.shape[-1]), x.shape[:-1], tuple(adapters)
     dtype = x.dtype if x.dtype in (jnp.bfloat16, jnp.float32) else jnp.dtype(jnp.float32)
-    quantized = quantized_rows(rows, tuple(weights), own, *codes_shape(len(rows), weights))
-    outputs, kept = of_quantized(rows, quantized, weights, own, dtype, interpret=interpret)
+    if len(rows) <= MOST_IN_PLANES and all(adapter is None for adapter in own):
+        outputs, kept = _of_planes(rows, tuple(weights), dtype, interpret)
+    else:
+        quantized = quantized_rows(rows, tuple(weights), own, *codes_shape(len(rows), weights))
+        outputs, kept = of_quantized(rows, quantized, weights, own, dtype, interpret=interpret)
     return (
         tuple(y.reshape(*leading, y.shape[-1]) for y in outputs),
         tuple(u.reshape(*leading, u.shape[-1]) for u in kept),
@@ -115,10 +119,16 @@ def linear_with_adapters(
 
 
 def codes_shape(m: int, weights: Sequence[TernaryWeight]) -> tuple[int, int]:
-    """Of the codes of ``m`` tokens, so that no product pads them."""
-    tokens = max(choose_tiles(m, weight.n).tokens for weight in weights)
-    width = max(PIECE_BYTES * 2, _up(weights[0].packed.shape[-1], PIECE_BYTES))
-    return _up(m, tokens), CODES_PER_BYTE * width
+    """Of the codes of ``m`` tokens in rows, so that no product pads them."""
+    choose = mosaic_gpu_rows_tiles.choose_tiles
+    tokens = max(choose(m, weight.n).tokens for weight in weights)
+    return _up(m, tokens), _columns(weights[0])
+
+
+def _columns(weight: TernaryWeight) -> int:
+    """Codes of a row, so that no product pads it."""
+    width = _up(weight.packed.shape[-1], PIECE_BYTES)
+    return CODES_PER_BYTE * max(PIECE_BYTES * 2, width)
 
 
 def of_quantized(
@@ -129,16 +139,34 @@ def of_quantized(
     dtype: jnp.dtype,
     *,
     interpret: Any = None,
-) -> tuple[list[jax.Array], list[jax.Array]]:
+) -> tuple[list[jax.Array], Sequence[jax.Array]]:
     """The products of ``quantized_rows`` of ``rows`` [M, K] with shares added, and narrow ones."""
     codes, factors, narrow = quantized
     shares = mosaic_gpu_share.shares_of(narrow, adapters, dtype)
     outputs = [
-        _product(codes, weight, factor, dtype, m=len(rows), share=share, interpret=interpret)
+        mosaic_gpu_rows.product(
+            codes, weight, factor, dtype, m=len(rows), share=share, interpret=interpret
+        )
         for weight, factor, share in zip(weights, factors, shares, strict=True)
     ]
     added = any(share is not None for share in shares)
     return add_shares(rows, outputs, adapters, narrow, added=added)
+
+
+def _of_planes(
+    rows: jax.Array, weights: tuple[TernaryWeight, ...], dtype: jnp.dtype, interpret: Any
+) -> tuple[list[jax.Array], Sequence[jax.Array]]:
+    """Products of codes in planes, and the narrow products of no adapter."""
+    m, choose = len(rows), mosaic_gpu_planes_tiles.choose_tiles
+    tokens = max(choose(m, weight.n, weight.k).tokens for weight in weights)
+    shape = _up(m, tokens), _columns(weights[0])
+    codes, sums, factors = quantized_planes(rows, weights, *shape)
+    product = partial(mosaic_gpu_planes.product, codes, sums, m=m, interpret=interpret)
+    outputs = [
+        product(weight, factor, dtype).astype(rows.dtype)
+        for weight, factor in zip(weights, factors, strict=True)
+    ]
+    return outputs, kept_narrow(rows, ())
 
 
 def linear_transposed(
@@ -220,43 +248,6 @@ def _rows(g: jax.Array) -> int:
     return g.size // max(g.shape[-1], 1)
 
 
-def _product(
-    x: jax.Array,
-    weight: TernaryWeight,
-    factor: jax.Array | None,
-    dtype: jnp.dtype,
-    *,
-    m: int | None = None,
-    tiles: Tiles | None = None,
-    share: Share | None = None,
-    interpret: Any = None,
-) -> jax.Array:
-    """[m, N] in ``dtype``: the int32 product of ``x`` int8 [M, K], times ``factor`` f32 [M].
-
-    A share, which wants a factor, is added. M and K may be more than there are tokens and inputs,
-    with zeros past those inputs.
-    """
-    _check_packing(weight)
-    m, n = m or x.shape[0], weight.n
-    tiles = tiles or choose_tiles(m, n)
-    tiles = tiles if share is None else tiles.beside_share()
-    packed, layer = _aligned(weight, tiles)
-    rows = max(tiles.tokens, _up(m, TILE_ROWS))
-    right = CODES_PER_BYTE * packed.shape[2] - x.shape[1]
-    x = jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, max(0, right))))
-    operands = [layer, packed, x]
-    if factor is not None:
-        operands.append(jnp.pad(factor, (0, max(0, _up(rows, tiles.tokens) - len(factor)))))
-    outputs = _up(packed.shape[1], SWIZZLE // dtype.itemsize)
-    if share is not None:
-        right = max(tiles.width, _up(n, mosaic_gpu_share.RANK)) - n
-        operands.append(jnp.pad(share.narrow, ((0, rows - m), (0, 0))))
-        operands.append(jnp.pad(share.b, ((0, 0), (0, right))))
-    start = None if share is None else share.start
-    call = _call(tiles, (rows, outputs), dtype, (factor is not None, start), interpret)
-    return call(*operands)[:m, :n]
-
-
 def _check_packing(weight: TernaryWeight) -> None:
     if weight.packing != "ternary2":
         raise ValueError(f"the Mosaic GPU kernel reads ternary2, found {weight.packing}")
@@ -264,233 +255,3 @@ def _check_packing(weight: TernaryWeight) -> None:
 
 def _up(size: int, multiple: int) -> int:
     return pl.cdiv(size, multiple) * multiple
-
-
-def _aligned(weight: TernaryWeight, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
-    """The stack uint8 [L, N, W] and the layer int32 [1].
-
-    The stack itself where it is whole tiles of shared memory (8 rows, 32 bytes) and at least one
-    block; otherwise a padded copy of the layer. Padding meets zeros of x, or makes outputs that are
-    cut off.
-    """
-    n, width = weight.packed.shape[-2:]
-    pad_n = max(tiles.width, _up(n, TILE_ROWS)) - n
-    pad_width = max(tiles.bytes, _up(width, PIECE_BYTES)) - width
-    if pad_n == 0 and pad_width == 0:
-        if weight.layer is None:
-            return weight.packed[None], jnp.zeros((1,), jnp.int32)
-        return weight.packed, weight.layer.astype(jnp.int32).reshape(1)
-    packed = jnp.pad(weight.single().packed, ((0, pad_n), (0, pad_width)))
-    return packed[None], jnp.zeros((1,), jnp.int32)
-
-
-def _call(
-    tiles: Tiles,
-    shape: tuple[int, int],
-    dtype: jnp.dtype,
-    extra: tuple[bool, int | None],
-    interpret: Any,
-) -> Callable[..., jax.Array]:
-    """The kernel as a function of layer, stack, activations and what is ``extra``.
-
-    These are factors, and narrow products, from one of their columns on, with B.
-    """
-    blocks = pl.cdiv(shape[0], tiles.tokens) * pl.cdiv(shape[1], tiles.width)
-    slots = tiles.slots * 4 // dtype.itemsize
-    out_shape = (tiles.warpgroups, slots, tiles.store, tiles.outputs)
-    scratch = [plgpu.SMEM(out_shape, dtype, transforms=_transforms(SWIZZLE, dtype.itemsize))]
-    if extra[1] is not None:
-        scratch += mosaic_gpu_share.scratch(tiles.warpgroups, tiles.tokens, tiles.outputs)
-    options: dict[str, Any] = {}
-    if interpret:
-        options["interpret"] = interpret
-        for operand in ((tiles.outputs, SWIZZLE), (SWIZZLE, tiles.tokens)):
-            scratch.append(plgpu.SMEM((tiles.warpgroups, *operand), jnp.int8))
-    else:
-        semantics = plgpu.LoweringSemantics.Warpgroup
-        options["compiler_params"] = plgpu.CompilerParams(lowering_semantics=semantics)
-    return plgpu.kernel(
-        partial(_kernel, tiles, *extra),
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
-        scratch_types=scratch,
-        grid=(min(blocks, MULTIPROCESSORS),),
-        grid_names=("block",),
-        num_threads=tiles.warpgroups + 1,
-        thread_name="warpgroup",
-        **options,
-    )
-
-
-def _transforms(swizzle: int, itemsize: int) -> tuple[Any, ...]:
-    return (
-        plgpu.TilingTransform((8, swizzle // itemsize)),
-        plgpu.SwizzleTransform(swizzle),
-    )
-
-
-def _kernel(tiles: Tiles, scaled: bool, share: int | None, *refs: Any) -> None:
-    """Every block: its tiles of the output in turn, each a pipeline over k and an epilogue."""
-    layer_ref, packed_ref, x_ref = refs[:3]
-    factors, refs = refs[3 : 3 + scaled], refs[3 + scaled :]
-    arrays, (out_ref, out_smem, *stand_ins) = ((), refs) if share is None else (refs[:2], refs[2:])
-    places, stand_ins = ((), stand_ins) if share is None else (stand_ins[:3], stand_ins[3:])
-    (m, n), steps = out_ref.shape, pl.cdiv(packed_ref.shape[2], tiles.bytes)
-    columns = pl.cdiv(n, tiles.width)
-    pipeline = partial(_pipeline, tiles, steps, stand_ins)
-
-    def nothing(*_: Any, **__: Any) -> None:
-        """Stands for a body where only the buffers are asked for."""
-
-    layer = layer_ref[0]
-    buffers = pipeline(nothing).get_allocations(packed_ref.at[layer], x_ref)
-
-    @partial(pl.run_scoped, buffers=buffers, collective_axes="warpgroup")
-    def _(buffers: Any) -> None:
-        @plgpu.nd_loop((pl.cdiv(m, tiles.tokens) * columns,), collective_axes="block")
-        def _(loop: Any) -> None:
-            (index,) = loop.index
-            # Outputs are the inner axis: packed weights are small and stay in the L2 cache.
-            token = lax.div(index, columns) * tiles.tokens
-            output = lax.rem(index, columns) * tiles.width
-            epilogue = partial(_epilogue, tiles, bool(stand_ins), token, output)
-
-            def compute(run: Callable[[Any], Any]) -> None:
-                warpgroup = lax.axis_index("warpgroup")
-                operands = None
-                if share is not None:
-                    own = [ref.at[warpgroup] for ref in places]
-                    operands = mosaic_gpu_share.Operands(*arrays, *own, start=share)
-                    operands.copy(token, output + warpgroup * tiles.outputs)
-
-                @partial(
-                    pl.run_scoped,
-                    acc_ref=plgpu.WGMMAAccumulatorRef((tiles.outputs, tiles.tokens), jnp.int32),
-                )
-                def _(acc_ref: Any) -> None:
-                    run(acc_ref)
-                    epilogue(factors, operands, out_ref, out_smem, acc_ref[...])
-
-            pipeline(compute)(
-                packed_ref.at[layer, pl.ds(output, tiles.width)],
-                x_ref.at[pl.ds(token, tiles.tokens)],
-                allocations=buffers,
-            )
-
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _pipeline(
-    tiles: Tiles, steps: int, stand_ins: Sequence[Any], compute: Callable[..., None]
-) -> Any:
-    """Copies of weights and activations by one warpgroup, unpacking and products by the others."""
-
-    def body(_: Any, packed_smem: Any, x_smem: Any, acc_ref: Any) -> Any:
-        rows = pl.ds(lax.axis_index("warpgroup") * tiles.outputs, tiles.outputs)
-        for part in range(tiles.codes // SWIZZLE):
-            packed = packed_smem[rows, pl.ds(part * PIECE_BYTES, PIECE_BYTES)]
-            codes = x_smem.at[:, pl.ds(part * SWIZZLE, SWIZZLE)]
-            if stand_ins:
-                mine = [ref.at[lax.axis_index("warpgroup")] for ref in stand_ins]
-                _interpreted_product(acc_ref, packed, codes[...], *mine)
-            else:
-                plgpu.wgmma(acc_ref, _unpack(packed), codes.transpose((1, 0)))
-        # Registers of an operand may not be written before its product is done: each piece of a
-        # step has its own, and the next step waits.
-        plgpu.wgmma_wait(0)
-        return acc_ref
-
-    return plgpu.emit_pipeline_warp_specialized(
-        body,
-        grid=(steps,),
-        memory_registers=MEMORY_REGISTERS,
-        in_specs=[
-            plgpu.BlockSpec(
-                (tiles.width, tiles.bytes),
-                lambda k: (0, k),
-                transforms=_transforms(PIECE_BYTES, 1),
-            ),
-            plgpu.BlockSpec(
-                (tiles.tokens, tiles.codes),
-                lambda k: (0, k),
-                transforms=_transforms(SWIZZLE, 1),
-            ),
-        ],
-        wg_axis="warpgroup",
-        num_compute_wgs=tiles.warpgroups,
-        max_concurrent_steps=tiles.stages,
-        compute_context=compute,
-    )
-
-
-def _unpack(packed: jax.Array) -> jax.Array:
-    """uint8 [R, B] to the int8 codes [R, 4 B], both in the layout of a wgmma fragment."""
-    layout = plgpu.Layout.WGMMA_8BIT
-    shape = (packed.shape[0], packed.shape[1] * CODES_PER_BYTE)
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.int8, layout)
-    )
-    def codes(_: Any, fragment: Any) -> Any:
-        return fragment_codes(fragment, shape)
-
-    return cast("Callable[[jax.Array], jax.Array]", codes)(packed)
-
-
-def _interpreted_product(
-    acc_ref: Any, packed: jax.Array, codes: jax.Array, unpacked_smem: Any, codes_smem: Any
-) -> None:
-    """The product of what ``_unpack`` makes; interpret mode takes whole references only."""
-    unpacked_smem[...] = unpack_ternary2(packed, packed.shape[1] * CODES_PER_BYTE)
-    codes_smem[...] = codes.T
-    plgpu.wgmma(acc_ref, unpacked_smem, codes_smem)
-
-
-def _epilogue(
-    tiles: Tiles,
-    interpret: bool,
-    token: jax.Array,
-    output: jax.Array,
-    factors: Sequence[Any],
-    share: Operands | None,
-    out_ref: Any,
-    out_smem: Any,
-    acc: jax.Array,
-) -> None:
-    """Scales ``acc`` int32 [outputs, tokens], adds the share and writes it, transposed."""
-    warpgroup, slots = lax.axis_index("warpgroup"), out_smem.shape[1]
-    if share is not None:
-        factor = _of_tokens(factors[0].at[pl.ds(token, tiles.tokens)], acc.shape, interpret)
-        acc = share.add(acc.astype(jnp.float32) * factor, interpret=interpret)
-        factors = ()
-    for part in range(tiles.tokens // tiles.store):
-        first = part * tiles.store
-        tokens = pl.ds(token + first, tiles.store)
-        values = acc[:, first : first + tiles.store]
-        for ref in factors:
-            factor = _of_tokens(ref.at[tokens], values.shape, interpret)
-            values = values.astype(jnp.float32) * factor
-        values = values.astype(out_ref.dtype)
-        slot = out_smem.at[warpgroup, part % slots]
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-        if interpret:
-            slot[...] = values.T
-        else:
-            values = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
-            slot.transpose((1, 0))[...] = values
-        plgpu.commit_smem()
-        outputs = pl.ds(output + warpgroup * tiles.outputs, tiles.outputs)
-        plgpu.copy_smem_to_gmem(slot, out_ref.at[tokens, outputs])
-
-
-def _of_tokens(ref: Any, shape: tuple[int, ...], interpret: bool) -> jax.Array:
-    """One value a token, along the second axis of ``shape``."""
-    if interpret:
-        return lax.broadcast_in_dim(ref[...], shape, (1,))
-    values = _load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-    return lax.broadcast_in_dim(values, shape, (1,))
-
-
-def _load(ref: Any, **options: Any) -> jax.Array:
-    """``plgpu.load`` of all of ``ref``: jax 0.10 wants an index beside it, jax 0.11 none."""
-    wanted = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-    return plgpu.load(ref, *([()] if wanted else []), **options)

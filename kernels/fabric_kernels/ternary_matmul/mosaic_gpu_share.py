@@ -1,4 +1,4 @@
-"""What adapters add to a product of ``mosaic_gpu`` or ``mosaic_gpu_transposed``, in its epilogue.
+"""What adapters add to a product of ``mosaic_gpu_rows`` or ``mosaic_gpu_transposed``: its epilogue.
 
 The accumulators of a tile, scaled and in float32, are what the accumulators of ``B^T · u^T`` begin
 with: a few more instructions of the matrix units, of half-precision operands, in place of a pass

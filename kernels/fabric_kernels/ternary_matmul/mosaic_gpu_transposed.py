@@ -3,9 +3,8 @@
 As in ``mosaic_gpu`` the roles are swapped and the weights are the register operand of wgmma, which
 here runs over outputs n: ``dx^T[K, M] = codes^T[K, N] · g^T[N, M]``. A row of that operand is one
 k. Which one is free to choose, since the accumulators are stored by address, and it is chosen such
-that two shifted masks make a register of a packed word (``mosaic_gpu_unpack``): a block's 256 k are
-64 bytes of a packed row; a lane has one 16-bit word of them, its low byte in the first warpgroup
-and its high byte in the second, so four consecutive k each, which are eight bytes of the output.
+that a shift and a mask make a register of a packed word (``mosaic_gpu_unpack``): a lane has 16-bit
+words of packed rows, and each of the four warps makes two of their eight codes.
 
 All matrices of a group add to the same accumulators, which hold the sum in units of the scale of
 the matrix that is being read. While a step's products run, the next step is unpacked: registers of
@@ -13,7 +12,7 @@ an operand may not be written before its product is done, so steps take turns at
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,31 +23,36 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fabric_kernels.packing import CODES_PER_BYTE, unpack_ternary2
-from fabric_kernels.ternary_matmul import mosaic_gpu_share
+from fabric_kernels.ternary_matmul import mosaic_gpu_cluster, mosaic_gpu_share
+from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import (
+    AT_ONCE,
+    COMPUTE_REGISTERS,
+    MEMORY_REGISTERS,
+    SLOTS,
+    TILE_ROWS,
+    WARPGROUPS,
+    Blocks,
+    Pipeline,
+    barriers,
+    transforms,
+)
 from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands, Share
-from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import store_permuted, transposed_codes
+from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import store_transposed, transposed_codes
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
-MULTIPROCESSORS = 132
-"""Of an H100 SXM and an H200. Any number is correct: a block takes tiles until none are left."""
 STEP = 64
 """Outputs n of a pipeline step: 128 bytes of a row of gradients, the widest swizzle."""
-BYTES = 64
+STORE = 16
+"""Tokens that are stored at a time."""
+BYTES = 32
 """Packed bytes of a row in a block."""
 WIDTH = BYTES * CODES_PER_BYTE
 """Inputs k of a block."""
-WARPGROUPS = 2
-"""That compute; a third one copies."""
 ROWS = WIDTH // WARPGROUPS
 """Of a warpgroup's accumulators."""
-RUN = 4
-"""Consecutive k of a lane."""
-TILE_ROWS = 8
-"""Of a swizzled tile of shared memory; what it is copied from has whole tiles."""
-SHARED_BYTES = 216 << 10
-"""Of the pipeline, and what adapters add."""
+SHARED_BYTES = 224 << 10
+"""Of the pipeline, what the epilogue stores from and what adapters add; barriers have the rest."""
 MOST_STAGES = 8
-MEMORY_REGISTERS, COMPUTE_REGISTERS = 40, 232
 UNIT = -0.5
 """What a code is multiplied with after the product: the register operand is minus two codes."""
 LEAST_RATIO = 2.0**-60
@@ -61,32 +65,75 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a warpgroup that computes reads and writes, but for the pipeline.
+
+    Attributes:
+        out: of the output, in device memory.
+        out_smem: stores under way, [slots, tokens, inputs].
+        share: the operands of a share, or None.
+        received: none or one array of what other blocks of the cluster send.
+        stand_ins: operands of products in interpret mode, otherwise none.
+    """
+
+    out: Any
+    out_smem: Any
+    share: Operands | None
+    received: Sequence[Any]
+    stand_ins: Sequence[Any]
+
+
+@dataclass(frozen=True)
 class Tiles:
     """How a product is cut up.
 
     Attributes:
-        tokens: of a block; a multiple of 8, at most 128.
+        tokens: of a block; a multiple of 8, at most 256.
+        parts: blocks of a cluster among which n is divided. Each then stores a part of the tokens,
+            a multiple of 8 of them.
     """
 
     tokens: int
+    parts: int = 1
+
+    @property
+    def stored(self) -> int:
+        """Tokens that a block of a cluster stores."""
+        return self.tokens // self.parts
+
+    @property
+    def store(self) -> int:
+        """Of them at a time."""
+        return STORE
 
     def stages(self, other: int = 0) -> int:
         """Steps in shared memory, beside ``other`` bytes."""
         step = STEP * (2 * self.tokens + BYTES)
-        return min(MOST_STAGES, (SHARED_BYTES - other) // step)
+        other += 2 * SLOTS * self.store * WIDTH
+        if self.parts > 1:
+            other += 4 * self.tokens * WIDTH
+        stages = min(MOST_STAGES, (SHARED_BYTES - other) // step)
+        assert stages > 1, "the place of a step gets free when the next one has been read"
+        return stages
 
 
-def choose_tiles(m: int, k: int) -> Tiles:
-    """Those that keep the multiprocessors busy for the shortest time, counting their last round.
+def choose_tiles(m: int, k: int, n: int) -> Tiles:
+    """Those that take the shortest time, counting the last round of the multiprocessors.
 
-    A block takes as long as its tokens and, for copies and the two ends, 16 more.
+    In the unit of a token's products in a step, of which an H200 makes one in 2.5 ns (jax 0.11.2,
+    CUDA 13): a step takes as long as its tokens and 40 more, a tile 4 us for what is before and
+    after its steps, and 1 us more where blocks exchange sums.
     """
 
-    def cost(tokens: int) -> int:
-        blocks = pl.cdiv(m, tokens) * pl.cdiv(k, WIDTH)
-        return pl.cdiv(blocks, MULTIPROCESSORS) * (tokens + 16)
+    def cost(tiles: Tiles) -> int:
+        blocks = pl.cdiv(m, tiles.tokens) * pl.cdiv(k, WIDTH)
+        steps = pl.cdiv(pl.cdiv(n, STEP), tiles.parts)
+        ends = 1600 + 400 * (tiles.parts > 1)
+        return pl.cdiv(blocks, AT_ONCE[tiles.parts]) * (steps * (tiles.tokens + 40) + ends)
 
-    return Tiles(min((128, 112, 96, 80, 64), key=cost))
+    alone = [Tiles(tokens) for tokens in range(256, 48, -16)]
+    clusters = [Tiles(tokens, parts) for tokens in (128, 64) for parts in (2, 4)]
+    return min(alone + clusters, key=cost)
 
 
 def takes(gradients: Sequence[jax.Array], weights: Sequence[TernaryWeight]) -> bool:
@@ -117,10 +164,11 @@ def product(
     """
     assert takes(gradients, weights), "the caller has looked"
     m, k = gradients[0].shape[0], weights[0].k
-    tiles = tiles or choose_tiles(m, k)
+    tiles = tiles or choose_tiles(m, k, sum(weight.n for weight in weights))
     dtype = gradients[0].dtype
-    rows, shape = _up(max(m, tiles.tokens), TILE_ROWS), (m, _up(k, RUN * WARPGROUPS))
-    if interpret:  # which has no tiles that end past an array
+    rows, shape = _up(max(m, tiles.tokens), TILE_ROWS), (_up(m, TILE_ROWS), _up(k, STEP))
+    if interpret:  # which has no tiles that end past an array, and no clusters
+        tiles = replace(tiles, parts=1)
         rows = _up(m, tiles.tokens)
         shape = (rows, _up(k, WIDTH))
     operands: list[Any] = []
@@ -134,14 +182,15 @@ def product(
         narrow = jnp.pad(share.narrow, ((0, rows - m), (0, 0)))
         extra = [narrow, _permuted(share.b)]
     call = _call(tiles, shape, dtype, operands, extra, interpret)
-    return call(*jax.tree.leaves(operands), *extra).reshape(shape)[:m, :k]
+    return call(*jax.tree.leaves(operands), *extra)[:m, :k]
 
 
 def _permuted(a: jax.Array) -> jax.Array:
     """[R, K] as [R, K'], whole blocks, with k in the order of the rows of accumulators."""
     a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % WIDTH)))
-    parts = a.reshape(a.shape[0], -1, 4, 8, WARPGROUPS, 2, 2)
-    return parts.transpose(0, 1, 4, 5, 2, 6, 3).reshape(a.shape)
+    # Blocks of 64 k, and of each the eight words, the four warps' codes and two codes of each.
+    parts = a.reshape(a.shape[0], -1, 8, 4, 2)
+    return parts.transpose(0, 1, 3, 4, 2).reshape(a.shape)
 
 
 def _up(size: int, multiple: int) -> int:
@@ -176,19 +225,23 @@ def _call(
     interpret: Any,
 ) -> Callable[..., jax.Array]:
     """The kernel as a function of all operands, and of what is ``extra``: both of a share."""
-    (m, k), other, places = shape, 0, []
+    blocks = Blocks(shape, tiles.tokens, WIDTH, tiles.parts)
+    other, places = 0, []
     if extra:
-        sizes = WARPGROUPS, tiles.tokens, ROWS, extra[1].shape[0]
+        sizes = WARPGROUPS, tiles.stored, ROWS, extra[1].shape[0]
         places, other = mosaic_gpu_share.scratch(*sizes), mosaic_gpu_share.scratch_bytes(*sizes)
     stages = tiles.stages(other)
-    blocks = pl.cdiv(m, tiles.tokens) * pl.cdiv(k, WIDTH)
+    of_bytes, of_rows = transforms(BYTES, 1), transforms(2 * STEP, 2)
     scratch: list[Any] = [
-        plgpu.SMEM((stages, STEP, BYTES), jnp.uint8, transforms=_transforms(BYTES, 1)),
-        plgpu.SMEM((stages, tiles.tokens, STEP), dtype, transforms=_transforms(2 * STEP, 2)),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        plgpu.SMEM((stages, STEP, BYTES), jnp.uint8, transforms=of_bytes),
+        plgpu.SMEM((stages, tiles.tokens, STEP), dtype, transforms=of_rows),
+        *barriers(stages),
+        plgpu.SMEM((WARPGROUPS, SLOTS, tiles.store, ROWS), dtype, transforms=of_rows),
         *places,
     ]
+    if tiles.parts > 1:
+        sizes = tiles.parts, ROWS, tiles.tokens
+        scratch.append(mosaic_gpu_cluster.scratch(*sizes, jnp.float32))
     options: dict[str, Any] = {}
     if interpret:
         options["interpret"] = interpret
@@ -198,85 +251,60 @@ def _call(
         semantics = plgpu.LoweringSemantics.Warpgroup
         options["compiler_params"] = plgpu.CompilerParams(lowering_semantics=semantics)
     return plgpu.kernel(
-        partial(_kernel, tiles, len(operands), stages, bool(extra)),
-        # The runs of a row, as the two warpgroups have them in turn.
-        out_type=jax.ShapeDtypeStruct((m, k // (RUN * WARPGROUPS), WARPGROUPS, RUN), dtype),
+        partial(_kernel, tiles, blocks, len(operands), stages, bool(extra)),
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
         scratch_types=scratch,
-        grid=(min(blocks, MULTIPROCESSORS),),
-        grid_names=("block",),
+        **blocks.grid,
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         **options,
     )
 
 
-def _transforms(swizzle: int, itemsize: int) -> tuple[Any, ...]:
-    return (
-        plgpu.TilingTransform((TILE_ROWS, swizzle // itemsize)),
-        plgpu.SwizzleTransform(swizzle),
-    )
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """Shared memory of the steps under way, and the barriers of each."""
-
-    packed: Any
-    gradients: Any
-    full: Any
-    empty: Any
-    stages: int
-
-    def slot(self, count: jax.Array) -> jax.Array:
-        """Of the step of that number, counted over all tiles of a block."""
-        return lax.rem(count, jnp.int32(self.stages))
-
-
-def _kernel(tiles: Tiles, matrices: int, stages: int, shared: bool, *refs: Any) -> None:
+def _kernel(
+    tiles: Tiles, blocks: Blocks, matrices: int, stages: int, shared: bool, *refs: Any
+) -> None:
     """Every block: its tiles of the output in turn, copied for by one warpgroup."""
     operands = [refs[4 * i : 4 * i + 4] for i in range(matrices)]
     refs = refs[4 * matrices :]
-    arrays, (out_ref, packed, gradients, full, empty, *rest) = (
+    arrays, (out_ref, packed, gradients, full, empty, out_smem, *rest) = (
         (refs[:2], refs[2:]) if shared else ((), refs)
     )
-    places, stand_ins = (rest[:3], rest[3:]) if shared else ((), rest)
+    places, rest = (rest[:3], rest[3:]) if shared else ((), rest)
+    received, stand_ins = (rest[:1], rest[1:]) if tiles.parts > 1 else ((), rest)
     pipeline = Pipeline(packed, gradients, full, empty, stages)
-    m, columns = out_ref.shape[0], pl.cdiv(out_ref.shape[1] * RUN * WARPGROUPS, WIDTH)
-    lengths = [g_ref.shape[1] // STEP for *_, g_ref in operands]
-    blocks = pl.cdiv(m, tiles.tokens) * columns
-    block, together = lax.axis_index("block"), min(blocks, MULTIPROCESSORS)
-    own = lax.div(blocks - 1 - block, together) + 1
+    steps = sum(_steps(tiles, g_ref) for *_, g_ref in operands)
+    warpgroup = lax.axis_index("warpgroup")
 
-    def for_tiles(run: Callable[..., None]) -> None:
-        """Calls it with the number of each tile's first step, its first token, its column."""
-
-        def one(i: jax.Array, _: None) -> None:
-            index = block + i * together
-            # k is the inner axis: blocks that run together share rows of gradients.
-            token = lax.div(index, jnp.int32(columns)) * tiles.tokens
-            run(i * sum(lengths), token, lax.rem(index, jnp.int32(columns)))
-
-        lax.fori_loop(0, own, one, None)
-
-    @pl.when(lax.axis_index("warpgroup") < WARPGROUPS)
+    @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
         if not stand_ins:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         share = None
         if shared:
-            own = [ref.at[lax.axis_index("warpgroup")] for ref in places]
+            own = [ref.at[warpgroup] for ref in places]
             share = mosaic_gpu_share.Operands(*arrays, *own, start=0)
-        for_tiles(partial(_multiply, tiles, operands, share, pipeline, out_ref, stand_ins))
+        memory = Memory(out_ref, out_smem.at[warpgroup], share, received, stand_ins)
+        blocks.each(steps, partial(_multiply, tiles, blocks, operands, memory, pipeline))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    @pl.when(lax.axis_index("warpgroup") == WARPGROUPS)
+    @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
         if not stand_ins:
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-        for_tiles(partial(_copy, tiles, operands, pipeline))
+        blocks.each(steps, partial(_copy, tiles, blocks, operands, pipeline))
+        if tiles.parts > 1:
+            mosaic_gpu_cluster.take_part()
+
+
+def _steps(tiles: Tiles, g_ref: Any) -> int:
+    """Of a block, over the outputs of a matrix."""
+    return pl.cdiv(g_ref.shape[1] // STEP, tiles.parts)
 
 
 def _copy(
     tiles: Tiles,
+    blocks: Blocks,
     operands: Sequence[Any],
     pipeline: Pipeline,
     count: jax.Array,
@@ -285,26 +313,19 @@ def _copy(
 ) -> None:
     """The steps of a tile to shared memory, as places get free."""
     for layer_ref, _, packed_ref, g_ref in operands:
-        layer, steps = layer_ref[0], g_ref.shape[1] // STEP
-        packed_bytes = pl.ds(column * BYTES, BYTES)
-        tokens = pl.ds(token, tiles.tokens)
+        layer, steps = layer_ref[0], _steps(tiles, g_ref)
+        bytes_, tokens = pl.ds(column * BYTES, BYTES), pl.ds(token, tiles.tokens)
 
         def step(
             i: jax.Array,
             _: None,
-            first: jax.Array = count,
-            packed: Any = packed_ref.at[layer, :, packed_bytes],
+            count: jax.Array = count,
+            start: Any = blocks.part * steps,
+            packed: Any = packed_ref.at[layer, :, bytes_],
             g: Any = g_ref.at[tokens],
         ) -> None:
-            slot, n = pipeline.slot(first + i), pl.ds(i * STEP, STEP)
-
-            @pl.when(first + i >= pipeline.stages)
-            def _() -> None:
-                plgpu.barrier_wait(pipeline.empty.at[slot])
-
-            full = pipeline.full.at[slot]
-            plgpu.copy_gmem_to_smem(packed.at[n], pipeline.packed.at[slot], full)
-            plgpu.copy_gmem_to_smem(g.at[:, n], pipeline.gradients.at[slot], full)
+            n = pl.ds((start + i) * STEP, STEP)
+            pipeline.fill(count + i, packed.at[n], g.at[:, n])
 
         lax.fori_loop(0, steps, step, None)
         count = count + steps
@@ -312,18 +333,19 @@ def _copy(
 
 def _multiply(
     tiles: Tiles,
+    blocks: Blocks,
     operands: Sequence[Any],
-    share: Operands | None,
+    memory: Memory,
     pipeline: Pipeline,
-    out_ref: Any,
-    stand_ins: Sequence[Any],
     count: jax.Array,
     token: jax.Array,
     column: jax.Array,
 ) -> None:
     """A tile of the output: its products over all matrices, scaled, the share added, stored."""
-    if share is not None:
-        share.copy(token, column * WIDTH + lax.axis_index("warpgroup") * ROWS)
+    first = column * WIDTH + lax.axis_index("warpgroup") * ROWS
+    token, stand_ins = token + blocks.part * tiles.stored, memory.stand_ins
+    if memory.share is not None:
+        memory.share.copy(token, first)
     acc = jnp.zeros((ROWS, tiles.tokens), jnp.float32)
     if not stand_ins:
         acc = plgpu.layout_cast(acc, plgpu.Layout.WGMMA)
@@ -333,7 +355,7 @@ def _multiply(
         if i:
             own, ratio = _next_unit(unit, own)
             acc = acc * ratio
-        unit, steps = own, g_ref.shape[1] // STEP
+        unit, steps = own, _steps(tiles, g_ref)
         run = partial(_accumulate, pipeline, stand_ins, count, steps)
         if stand_ins:
             acc = acc + _interpreted_sum(run, (ROWS, tiles.tokens))
@@ -341,10 +363,12 @@ def _multiply(
             start: Any = plgpu.WGMMAAccumulatorRef.init(acc)
             acc = cast("jax.Array", pl.run_state(run)(start))
         count = count + steps
+    if memory.received:
+        acc = mosaic_gpu_cluster.sum_of_parts(memory.received[0], acc, tiles.parts)
     acc = acc * (unit * UNIT)
-    if share is not None:
-        acc = share.add(acc, interpret=bool(stand_ins))
-    _store(out_ref, acc, token, column, interpret=bool(stand_ins))
+    if memory.share is not None:
+        acc = memory.share.add(acc, interpret=bool(stand_ins))
+    _store(tiles, memory, acc, token, first)
 
 
 def _next_unit(unit: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -355,14 +379,18 @@ def _next_unit(unit: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _accumulate(
-    pipeline: Pipeline, stand_ins: Sequence[Any], count: jax.Array, steps: int, acc_ref: Any
+    pipeline: Pipeline,
+    stand_ins: Sequence[Any],
+    count: jax.Array,
+    steps: int,
+    acc_ref: Any,
 ) -> None:
     """Adds the products of a matrix' steps, whose copies have the numbers from ``count`` on."""
 
     def step(i: jax.Array) -> None:
         slot = pipeline.slot(count + i)
         plgpu.barrier_wait(pipeline.full.at[slot])
-        packed, g = pipeline.packed.at[slot], pipeline.gradients.at[slot]
+        packed, g = pipeline.packed.at[slot], pipeline.rows.at[slot]
         if stand_ins:
             own = [ref.at[lax.axis_index("warpgroup")] for ref in stand_ins]
             _interpreted_product(acc_ref, packed[...], g[...], *own)
@@ -388,15 +416,15 @@ def _accumulate(
 
 
 def _unpack(packed_ref: Any, dtype: Any) -> jax.Array:
-    """This warpgroup's rows of the register operand, [ROWS, STEP]."""
-    layout = plgpu.Layout.WGMMA
+    """This warpgroup's rows of the register operand, [rows, STEP]."""
+    layout, shape = plgpu.Layout.WGMMA, (ROWS, STEP)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_transforms(BYTES, 1)),),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, STEP), dtype, layout),
+        arg_types=(plgpu.RefType(transforms(BYTES, 1)),),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout),
     )
     def codes(_: Any, ref: Any) -> Any:
-        return transposed_codes(ref, (ROWS, STEP), dtype)
+        return transposed_codes(ref, STEP, dtype)
 
     return cast("Callable[[Any], jax.Array]", codes)(packed_ref)
 
@@ -415,29 +443,35 @@ def _interpreted_product(
     acc_ref: Any, packed: jax.Array, g: jax.Array, codes_smem: Any, g_smem: Any
 ) -> None:
     """The product of what ``_unpack`` makes; interpret mode takes whole references only."""
-    codes = unpack_ternary2(packed, WIDTH).reshape(STEP, 4, 8, WARPGROUPS, 2, 2)
-    own = lax.dynamic_index_in_dim(codes, lax.axis_index("warpgroup"), 3, keepdims=False)
-    rows = own.transpose(3, 1, 4, 2, 0).reshape(ROWS, STEP)
+    codes = unpack_ternary2(packed, WIDTH).reshape(STEP, WARPGROUPS, -1, 8, 4, 2)
+    own = lax.dynamic_index_in_dim(codes, lax.axis_index("warpgroup"), 1, keepdims=False)
+    rows = own.transpose(1, 3, 4, 2, 0).reshape(ROWS, STEP)
     codes_smem[...] = rows.astype(codes_smem.dtype) * (1 / UNIT)
     g_smem[...] = g.T
     plgpu.wgmma(acc_ref, codes_smem, g_smem)
 
 
 def _store(
-    out_ref: Any, acc: jax.Array, token: jax.Array, column: jax.Array, *, interpret: bool
+    tiles: Tiles, memory: Memory, acc: jax.Array, token: jax.Array, first: jax.Array
 ) -> None:
-    """Accumulators [ROWS, tokens] of this warpgroup to their places, as far as there are such."""
-    if interpret:
-        tokens, warpgroup = acc.shape[1], lax.axis_index("warpgroup")
-        values = acc.reshape(2, 4, 2, 8, tokens).transpose(4, 1, 3, 0, 2)
-        runs = pl.ds(column * (ROWS // RUN), ROWS // RUN)
-        rounded = values.reshape(tokens, -1, RUN).astype(out_ref.dtype)
-        out_ref[pl.ds(token, tokens), runs, warpgroup] = rounded
-        return
-    scalar = plgpu.Layout.WG_SPLAT(())
+    """Accumulators [rows, tokens] of this warpgroup, rounded, to the k from ``first`` on."""
+    dtype, store = memory.out.dtype, tiles.store
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, scalar, scalar))
-    def store(_: Any, ref: Any, values: Any, token: Any, column: Any) -> None:
-        store_permuted(ref, values, token, column, out_ref.dtype)
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(transforms(2 * STEP, 2)), plgpu.Layout.WGMMA),
+    )
+    def transposed(_: Any, ref: Any, values: Any) -> None:
+        store_transposed(ref, values, dtype)
 
-    cast("Callable[..., None]", store)(out_ref, acc, token, column * WIDTH)
+    for part in range(tiles.stored // store):
+        values = acc[:, part * store : (part + 1) * store]
+        slot = memory.out_smem.at[part % SLOTS]
+        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+        if memory.stand_ins:
+            rows = values.reshape(-1, 4, 2, 8, store).transpose(4, 0, 3, 1, 2)
+            slot[...] = rows.reshape(store, ROWS).astype(dtype)
+        else:
+            cast("Callable[..., None]", transposed)(slot, values)
+        plgpu.commit_smem()
+        tokens = pl.ds(token + part * store, store)
+        plgpu.copy_smem_to_gmem(slot, memory.out.at[tokens, pl.ds(first, ROWS)])

@@ -19,6 +19,7 @@ from jax import lax
 
 from fabric_kernels.absmax import absmax_quantize
 from fabric_kernels.low_rank import LowRank, contract_with
+from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul.triton_layout import (
     group_kernels,
     kernels,
@@ -98,6 +99,26 @@ def quantized_rows(
     return on_platform(call, x, weights, small_adapters(adapters))
 
 
+def quantized_planes(
+    x: jax.Array, weights: Weights, rows: int, columns: int
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """Those codes, each 64 of a row :func:`turned`; their sums int32 [rows]; and the factors."""
+
+    def call(x: jax.Array, weights: Weights, *, mode: Mode) -> Any:
+        layout = group_kernels()[0].Layout(rows, columns, None, width_of(weights[0]), turned=True)
+        return _quantized(x, weights, (), layout, mode)[:3]
+
+    return on_platform(call, x, weights)
+
+
+def turned(codes: jax.Array) -> jax.Array:
+    """[M, K], K whole sixty-fours: of each, the four planes of what goes with packed bytes.
+
+    Code 4 q + j of it, which meets field j of byte q, comes to place 16 j + q.
+    """
+    return codes.reshape(len(codes), -1, 16, CODES_PER_BYTE).swapaxes(2, 3).reshape(codes.shape)
+
+
 def _quantized(
     x: jax.Array, weights: Weights, small: Adapters, layout: Any, mode: Mode
 ) -> tuple[jax.Array, jax.Array, list[jax.Array], jax.Array]:
@@ -125,6 +146,7 @@ def _quantized_by_xla(
     factors = [jnp.pad(factor * scale, bottom) for scale in scales]
     if layout.packing is None:
         codes = jnp.pad(codes, (bottom, (0, layout.columns - codes.shape[1])))
+        codes = turned(codes) if layout.turned else codes
     else:
         codes = planes_of(codes, weights[0], layout.rows, layout.columns)
     narrow = [narrow_product(x, one) for one in small if one is not None]

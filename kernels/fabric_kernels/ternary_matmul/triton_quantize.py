@@ -41,12 +41,15 @@ class Layout:
         packing: of the weights that the codes meet, in whose planes (``triton_kernels``) they are
             written, [P, rows, columns]; None for [rows, columns].
         width: bytes of a row of weights.
+        turned: without a packing, whether each 64 codes of a row are in planes
+            (``triton_group.turned``).
     """
 
     rows: int
     columns: int
     packing: Packing | None
     width: int
+    turned: bool = False
 
     @property
     def planes(self) -> int:
@@ -66,6 +69,8 @@ class Layout:
 
     def index(self, token: jax.Array, at: jax.Array) -> tuple[jax.Array, ...]:
         """Where the codes ``at`` of a token lie."""
+        if self.turned:
+            at = (at & -64) | ((at & 3) << 4) | ((at >> 2) & 15)
         if self.packing is None:
             return token, at
         tokens = jnp.full(at.shape, token)

@@ -1,4 +1,4 @@
-"""How the products of ``mosaic_gpu`` are cut up."""
+"""How the products of ``mosaic_gpu_rows`` are cut up."""
 
 from dataclasses import dataclass, replace
 
@@ -6,6 +6,7 @@ from jax.experimental import pallas as pl
 
 from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul import mosaic_gpu_share
+from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import MULTIPROCESSORS
 
 ROWS = 64
 """Outputs (rows of the first operand) of one wgmma."""
@@ -16,8 +17,6 @@ PIECE_BYTES = SWIZZLE // CODES_PER_BYTE
 SHARED_BYTES = 208 << 10
 """Of the pipeline and the operands of an adapter; the epilogue stores from the rest."""
 MOST_STAGES = 8
-MULTIPROCESSORS = 132
-"""Of an H100 SXM and an H200. Any number is correct: a block takes tiles until none are left."""
 
 
 @dataclass(frozen=True)
