@@ -11,13 +11,13 @@ a row; with ``--checkpoint`` each layer is recomputed, with ``--compile`` the mo
 import argparse
 import json
 import time
-from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import peft
 import torch
 import transformers
+
+from experiments.peers.timing import timed
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -64,18 +64,6 @@ def build(given: argparse.Namespace) -> Any:
         )
         adapted.enable_input_require_grads()
     return adapted.train()
-
-
-def timed(step: Callable[[], Any], steps: int) -> list[float]:
-    """Seconds of each step; a step's loss is read while the next one runs."""
-    pending = step()
-    ends: list[float] = []
-    for _ in range(steps + 1):
-        following = step()
-        pending.item()
-        ends.append(time.perf_counter())
-        pending = following
-    return [end - begin for begin, end in pairwise(ends)]
 
 
 def main() -> None:

@@ -10,13 +10,13 @@ AdamW, PyTorch's flash attention, optionally ``torch.compile``. It prints one JS
 import argparse
 import json
 import time
-from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as f
 from torch import nn
+
+from experiments.peers.timing import timed
 
 
 class Norm(nn.Module):
@@ -101,18 +101,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
-
-
-def timed(step: Callable[[], Any], steps: int) -> list[float]:
-    """Seconds of each step; a step's loss is read while the next one runs."""
-    pending = step()
-    ends: list[float] = []
-    for _ in range(steps + 1):
-        following = step()
-        pending.item()
-        ends.append(time.perf_counter())
-        pending = following
-    return [end - begin for begin, end in pairwise(ends)]
 
 
 def main() -> None:

@@ -32,8 +32,20 @@ def implementation(request: pytest.FixtureRequest) -> Implementation:
 
 
 @pytest.fixture
+def cuda() -> None:
+    """For tests of kernels that only CUDA's compiler and a device of it run; skips elsewhere."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
 def hopper() -> None:
     """Skips where there is no GPU of compute capability 9.0."""
+    need_hopper()
+
+
+def need_hopper() -> None:
+    """For kernels of Hopper's own instructions; skips on other devices."""
     device = jax.devices()[0]
     if device.platform != "gpu" or device.compute_capability != "9.0":
         pytest.skip("needs a GPU of compute capability 9.0")

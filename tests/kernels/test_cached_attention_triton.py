@@ -97,13 +97,12 @@ def test_half_precision(
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width"), [(32, 32, 64), (20, 5, 128), (40, 40, 128)]
 )
 def test_a_batch_of_many_heads_on_a_device(heads: int, kv_heads: int, width: int) -> None:
     """Sizes of bitnet-1b, bitnet-2b-4t and bitnet-13b; equal bits each time."""
-    if jax.default_backend() != "gpu":
-        pytest.skip("needs a CUDA device")
     rows, slots = 32, 512
     rng = np.random.default_rng(heads)
 

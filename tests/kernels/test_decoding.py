@@ -14,6 +14,7 @@ from fabric_kernels.ternary_matmul import Implementation, Prologue
 from fabric_kernels.triton_call import without_deprecation
 from jax.interpreters import partial_eval
 
+from tests.kernels.conftest import need_hopper
 from tests.kernels.test_triton_kernel import lowered
 
 L, S = 2, 24
@@ -145,12 +146,13 @@ def test_equals_its_steps_in_other_sizes(case: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("launch", ["triton", "mosaic_gpu"])
 @pytest.mark.parametrize("case", DEVICE_CASES, ids=str)
 def test_programs_wait_for_each_other(case: Any, launch: Any) -> None:
     """With all programs of a device; a race would show in some of the tries."""
-    if jax.default_backend() != "gpu":
-        pytest.skip("needs a CUDA device")
+    if launch == "mosaic_gpu":
+        need_hopper()
     dims, activation, options = case
     stored = {"stored": "bfloat16"} if launch == "mosaic_gpu" else {}
     h, stacks, cache, positions, angles = problem(

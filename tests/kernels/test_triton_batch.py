@@ -64,10 +64,9 @@ def test_sums_and_scales_are_exact(case: Any, dtype: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("case", DEVICE_SHAPES, ids=str)
 def test_sums_and_scales_of_large_layers_are_exact(case: Any) -> None:
-    if jax.default_backend() != "gpu":
-        pytest.skip("needs a CUDA device")
     check_exact(case, "bfloat16")
 
 

@@ -41,6 +41,12 @@ class KVCache:
         """Bytes of all of it."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """Keys, values, and of int8 their scales."""
+        scales = (self.key_scales, self.value_scales)
+        return [self.keys, self.values, *(one for one in scales if one is not None)]
+
     def write(
         self, layer: jax.Array, positions: jax.Array, keys: jax.Array, values: jax.Array
     ) -> "KVCache":

@@ -87,9 +87,7 @@ def cached_attention(
     """
     batch, _, heads, width = q.shape
     kv_heads = cache.keys.shape[2]
-    stored = [cache.keys, cache.values]
-    if cache.key_scales is not None and cache.value_scales is not None:
-        stored += [cache.key_scales, cache.value_scales]
+    stored = cache.arrays
     inputs = [q, k, v, *angles, layer.reshape(1), positions]
     inputs += [] if first is None else [first]
     tile = choose_tile(width, heads // kv_heads)

@@ -70,9 +70,7 @@ def cached_attention(
     batch, _, heads, width = q.shape
     kv_heads, slots = cache.keys.shape[2:4]
     stretches = pl.cdiv(slots, STRETCH)
-    stored = [cache.keys, cache.values]
-    if cache.key_scales is not None and cache.value_scales is not None:
-        stored += [cache.key_scales, cache.value_scales]
+    stored = cache.arrays
     begin = jnp.zeros_like(positions) if first is None else first
     numbers = [layer.reshape(1), positions, begin]
     inputs = [q, k, v, *angles, *numbers]

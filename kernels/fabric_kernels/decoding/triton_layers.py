@@ -95,9 +95,7 @@ def decode_layers(
 
     ``programs`` must all be able to run at the same time.
     """
-    stored = [cache.keys, cache.values]
-    if cache.key_scales is not None and cache.value_scales is not None:
-        stored += [cache.key_scales, cache.value_scales]
+    stored = cache.arrays
     inputs = _inputs(stacks, positions, angles)
     in_place = {"h": h.reshape(len(h), -1), "counter": jnp.zeros(1, jnp.int32)}
     in_place |= {f"cache{i}": array for i, array in enumerate(stored)}

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from fabric_kernels.absmax import scale_sums
 from fabric_kernels.low_rank import LowRank
@@ -33,6 +32,7 @@ from fabric_kernels.ternary_matmul import (
     xla,
 )
 from fabric_kernels.ternary_matmul.mosaic_gpu_rows_tiles import PIECE_BYTES
+from fabric_kernels.ternary_matmul.mosaic_gpu_stack import round_up
 from fabric_kernels.ternary_matmul.triton_group import (
     adapter_gradients,
     add_shares,
@@ -122,12 +122,12 @@ def codes_shape(m: int, weights: Sequence[TernaryWeight]) -> tuple[int, int]:
     """Of the codes of ``m`` tokens in rows, so that no product pads them."""
     choose = mosaic_gpu_rows_tiles.choose_tiles
     tokens = max(choose(m, weight.n).tokens for weight in weights)
-    return _up(m, tokens), _columns(weights[0])
+    return round_up(m, tokens), _columns(weights[0])
 
 
 def _columns(weight: TernaryWeight) -> int:
     """Codes of a row, so that no product pads it."""
-    width = _up(weight.packed.shape[-1], PIECE_BYTES)
+    width = round_up(weight.packed.shape[-1], PIECE_BYTES)
     return CODES_PER_BYTE * max(PIECE_BYTES * 2, width)
 
 
@@ -159,7 +159,7 @@ def _of_planes(
     """Products of codes in planes, and the narrow products of no adapter."""
     m, choose = len(rows), mosaic_gpu_planes_tiles.choose_tiles
     tokens = max(choose(m, weight.n, weight.k).tokens for weight in weights)
-    shape = _up(m, tokens), _columns(weights[0])
+    shape = round_up(m, tokens), _columns(weights[0])
     codes, sums, factors = quantized_planes(rows, weights, *shape)
     product = partial(mosaic_gpu_planes.product, codes, sums, m=m, interpret=interpret)
     outputs = [
@@ -251,7 +251,3 @@ def _rows(g: jax.Array) -> int:
 def _check_packing(weight: TernaryWeight) -> None:
     if weight.packing != "ternary2":
         raise ValueError(f"the Mosaic GPU kernel reads ternary2, found {weight.packing}")
-
-
-def _up(size: int, multiple: int) -> int:
-    return pl.cdiv(size, multiple) * multiple

@@ -42,6 +42,7 @@ from fabric_kernels.ternary_matmul.mosaic_gpu_planes_tiles import (
     Tiles,
     choose_tiles,
 )
+from fabric_kernels.ternary_matmul.mosaic_gpu_stack import padded_stack, round_up
 from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_fields
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
@@ -95,42 +96,25 @@ def product(
     assert weight.packing == "ternary2", "the caller has looked"
     m, n = m or x.shape[0], weight.n
     tiles = tiles or choose_tiles(m, n, weight.k)
-    rows, outputs = _up(m, TILE_ROWS), _up(n, max(TILE_ROWS, SWIZZLE // dtype.itemsize))
+    rows, outputs = round_up(m, TILE_ROWS), round_up(n, max(TILE_ROWS, SWIZZLE // dtype.itemsize))
     if interpret:  # which has no tiles that end past an array, and no clusters
         tiles = replace(tiles, parts=1)
-        rows, outputs = _up(m, tiles.tokens), _up(n, tiles.width)
-    packed, layer = _aligned(weight, tiles, outputs if interpret else n)
-    right = CODES_PER_BYTE * packed.shape[2] - x.shape[1]
+        rows, outputs = round_up(m, tiles.tokens), round_up(n, tiles.width)
+    # Padding meets zeros of x, or makes outputs that are cut off.
+    least = max(tiles.width, round_up(outputs if interpret else n, TILE_ROWS))
+    width = max(tiles.bytes, round_up(weight.packed.shape[-1], PIECE_BYTES))
+    stack = padded_stack(weight, least, width)
+    right = CODES_PER_BYTE * width - x.shape[1]
     below = max(rows, tiles.tokens) - x.shape[0]
     x = jnp.pad(x, ((0, max(0, below)), (0, max(0, right))))
-    operands = [layer, packed, x]
+    operands = [stack.layer, stack.packed, x]
     for of_tokens in (sums,) if factor is None else (sums, factor):
-        operands.append(jnp.pad(of_tokens, (0, max(0, _up(rows, tiles.tokens) - len(of_tokens)))))
-    width, scaled = packed.shape[2], factor is not None
+        operands.append(
+            jnp.pad(of_tokens, (0, max(0, round_up(rows, tiles.tokens) - len(of_tokens))))
+        )
+    scaled = factor is not None
     call = _call(tiles, (rows, outputs), width, dtype, interpret, scaled=scaled)
     return call(*operands)[:m, :n]
-
-
-def _up(size: int, multiple: int) -> int:
-    return pl.cdiv(size, multiple) * multiple
-
-
-def _aligned(weight: TernaryWeight, tiles: Tiles, outputs: int) -> tuple[jax.Array, jax.Array]:
-    """The stack uint8 [L, N, W] and the layer int32 [1].
-
-    The stack itself where it is whole tiles of shared memory (8 rows, 32 bytes), at least one
-    block and ``outputs`` rows; otherwise a padded copy of the layer. Padding meets zeros of x, or
-    makes outputs that are cut off.
-    """
-    n, width = weight.packed.shape[-2:]
-    pad_n = max(tiles.width, _up(outputs, TILE_ROWS)) - n
-    pad_width = max(tiles.bytes, _up(width, PIECE_BYTES)) - width
-    if pad_n == 0 and pad_width == 0:
-        if weight.layer is None:
-            return weight.packed[None], jnp.zeros((1,), jnp.int32)
-        return weight.packed, weight.layer.astype(jnp.int32).reshape(1)
-    packed = jnp.pad(weight.single().packed, ((0, pad_n), (0, pad_width)))
-    return packed[None], jnp.zeros((1,), jnp.int32)
 
 
 def _call(

@@ -31,6 +31,7 @@ from fabric_kernels.ternary_matmul.mosaic_gpu_rows_tiles import (
     choose_tiles,
 )
 from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands, Share
+from fabric_kernels.ternary_matmul.mosaic_gpu_stack import padded_stack, round_up
 from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_codes
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
@@ -55,43 +56,24 @@ def product(
     m, n = m or x.shape[0], weight.n
     tiles = tiles or choose_tiles(m, n)
     tiles = tiles if share is None else tiles.beside_share()
-    packed, layer = _aligned(weight, tiles)
-    rows = max(tiles.tokens, _up(m, TILE_ROWS))
-    right = CODES_PER_BYTE * packed.shape[2] - x.shape[1]
+    # Padding meets zeros of x, or makes outputs that are cut off.
+    least = max(tiles.width, round_up(n, TILE_ROWS))
+    width = max(tiles.bytes, round_up(weight.packed.shape[-1], PIECE_BYTES))
+    stack = padded_stack(weight, least, width)
+    rows = max(tiles.tokens, round_up(m, TILE_ROWS))
+    right = CODES_PER_BYTE * width - x.shape[1]
     x = jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, max(0, right))))
-    operands = [layer, packed, x]
+    operands = [stack.layer, stack.packed, x]
     if factor is not None:
-        operands.append(jnp.pad(factor, (0, max(0, _up(rows, tiles.tokens) - len(factor)))))
-    outputs = _up(packed.shape[1], SWIZZLE // dtype.itemsize)
+        operands.append(jnp.pad(factor, (0, max(0, round_up(rows, tiles.tokens) - len(factor)))))
+    outputs = round_up(least, SWIZZLE // dtype.itemsize)
     if share is not None:
-        right = max(tiles.width, _up(n, mosaic_gpu_share.RANK)) - n
+        right = max(tiles.width, round_up(n, mosaic_gpu_share.RANK)) - n
         operands.append(jnp.pad(share.narrow, ((0, rows - m), (0, 0))))
         operands.append(jnp.pad(share.b, ((0, 0), (0, right))))
     start = None if share is None else share.start
     call = _call(tiles, (rows, outputs), dtype, (factor is not None, start), interpret)
     return call(*operands)[:m, :n]
-
-
-def _up(size: int, multiple: int) -> int:
-    return pl.cdiv(size, multiple) * multiple
-
-
-def _aligned(weight: TernaryWeight, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
-    """The stack uint8 [L, N, W] and the layer int32 [1].
-
-    The stack itself where it is whole tiles of shared memory (8 rows, 32 bytes) and at least one
-    block; otherwise a padded copy of the layer. Padding meets zeros of x, or makes outputs that are
-    cut off.
-    """
-    n, width = weight.packed.shape[-2:]
-    pad_n = max(tiles.width, _up(n, TILE_ROWS)) - n
-    pad_width = max(tiles.bytes, _up(width, PIECE_BYTES)) - width
-    if pad_n == 0 and pad_width == 0:
-        if weight.layer is None:
-            return weight.packed[None], jnp.zeros((1,), jnp.int32)
-        return weight.packed, weight.layer.astype(jnp.int32).reshape(1)
-    packed = jnp.pad(weight.single().packed, ((0, pad_n), (0, pad_width)))
-    return packed[None], jnp.zeros((1,), jnp.int32)
 
 
 def _call(

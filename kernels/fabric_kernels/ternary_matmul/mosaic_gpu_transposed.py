@@ -37,6 +37,7 @@ from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import (
     transforms,
 )
 from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands, Share
+from fabric_kernels.ternary_matmul.mosaic_gpu_stack import padded_stack, round_up
 from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import store_transposed, transposed_codes
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
@@ -166,14 +167,20 @@ def product(
     m, k = gradients[0].shape[0], weights[0].k
     tiles = tiles or choose_tiles(m, k, sum(weight.n for weight in weights))
     dtype = gradients[0].dtype
-    rows, shape = _up(max(m, tiles.tokens), TILE_ROWS), (_up(m, TILE_ROWS), _up(k, STEP))
+    rows, shape = (
+        round_up(max(m, tiles.tokens), TILE_ROWS),
+        (round_up(m, TILE_ROWS), round_up(k, STEP)),
+    )
     if interpret:  # which has no tiles that end past an array, and no clusters
         tiles = replace(tiles, parts=1)
-        rows = _up(m, tiles.tokens)
-        shape = (rows, _up(k, WIDTH))
+        rows = round_up(m, tiles.tokens)
+        shape = (rows, round_up(k, WIDTH))
     operands: list[Any] = []
     for g, weight in zip(gradients, weights, strict=True):
-        packed, scale, layer = _aligned(weight)
+        # Padded n meet zeros of the gradients, padded k are not stored.
+        n, width = weight.packed.shape[-2:]
+        stack = padded_stack(weight, round_up(n, STEP), round_up(width, BYTES))
+        packed, scale, layer = stack.packed, stack.scale.reshape(-1), stack.layer
         pad = ((0, rows - m), (0, packed.shape[1] - g.shape[1]))
         g = jnp.pad(g, pad) if any(p for _, p in pad) else g
         operands.append((layer, scale, packed, g))
@@ -191,29 +198,6 @@ def _permuted(a: jax.Array) -> jax.Array:
     # Blocks of 64 k, and of each the eight words, the four warps' codes and two codes of each.
     parts = a.reshape(a.shape[0], -1, 8, 4, 2)
     return parts.transpose(0, 1, 3, 4, 2).reshape(a.shape)
-
-
-def _up(size: int, multiple: int) -> int:
-    return pl.cdiv(size, multiple) * multiple
-
-
-def _aligned(weight: TernaryWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The stack uint8 [L, N, W], its scales float32 [L] or [1], and the layer int32 [1].
-
-    The stack itself where N and W are whole steps and blocks; otherwise a padded copy of the layer:
-    padded n meet zeros of the gradients, padded k are not stored.
-    """
-    n, width = weight.packed.shape[-2:]
-    pad = ((0, _up(n, STEP) - n), (0, _up(width, BYTES) - width))
-    if any(p for _, p in pad):
-        weight = weight.single()
-        packed = jnp.pad(weight.packed, pad)[None]
-    else:
-        packed = weight.packed if weight.layer is not None else weight.packed[None]
-    layer = jnp.zeros((1,), jnp.int32)
-    if weight.layer is not None:
-        layer = weight.layer.astype(jnp.int32).reshape(1)
-    return packed, weight.scale.reshape(-1), layer
 
 
 def _call(

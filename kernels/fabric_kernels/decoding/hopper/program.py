@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fabric_kernels.decoding.hopper import control, memory
 from fabric_kernels.decoding.hopper.plan import (
@@ -55,16 +54,15 @@ class Program:
     factor: float
     gain_bytes: Mapping[str, int]
     at: Mapping[str, Address]
-    shared: Any
+    shared: Word
 
     def __post_init__(self) -> None:
         """Reads where the thread is, once and before all branches."""
-        if self.shared is not None:
-            self.thread = control.register("tid.x")
-            self.number = control.register("ctaid.x")
-            self.lane = self.thread & 31
-            self.warp = control.first_of_warp(self.thread >> 5)
-            self.team, self.member = self.warp // TEAM, self.warp % TEAM
+        self.thread = control.register("tid.x")
+        self.number = control.register("ctaid.x")
+        self.lane = self.thread & 31
+        self.warp = control.first_of_warp(self.thread >> 5)
+        self.team, self.member = self.warp // TEAM, self.warp % TEAM
 
     @property
     def fragment(self) -> tuple[Word, Word]:
