@@ -3,9 +3,11 @@
 Chen et al. 2016, arXiv:1604.06174, keep the input of each layer and compute the rest anew. Here
 those inputs are out of the device's memory meanwhile. Copies run beside the computation: a layer's
 input leaves while the layer is computed, and comes back while the layer above is differentiated.
+The last layer is differentiated first: what it would compute anew it keeps.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +26,8 @@ copies of slices. Within a graph they would not run beside the computation (jax 
 def scan_offloaded(layer: Layer, h: jax.Array, xs: Any, consts: Any, *, unroll: bool) -> jax.Array:
     """``h = layer(h, i, x, consts)`` for each ``x`` of ``xs``; first gradients, in reverse mode.
 
-    The gradients are those of ``jax.checkpoint(layer)`` in a scan.
+    The gradients are those of ``jax.checkpoint(layer)`` in a scan; the last layer's intermediate
+    arrays are on the device from its forward pass to its backward pass.
 
     Args:
         layer: of arrays that are all among its arguments; ``i`` int32 [] counts from 0.
@@ -50,15 +53,30 @@ def _scan(layer: Layer, unroll: bool, h: jax.Array, xs: Any, consts: Any) -> jax
 
 
 @jax.tree_util.register_static
-class _Trained(tuple[bool, ...]):
-    """Which leaves of ``xs`` a gradient is wanted for."""
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """Which leaves of a tree a gradient is wanted for."""
+
+    tree: Any
+    leaves: tuple[bool, ...]
+
+    def part(self, tree: Any) -> tuple[list[Any], list[Any]]:
+        """The leaves with a gradient, and the others."""
+        pairs = list(zip(self.leaves, jax.tree.leaves(tree), strict=True))
+        return [leaf for own, leaf in pairs if own], [leaf for own, leaf in pairs if not own]
+
+    def join(self, own: list[Any], rest: list[Any]) -> Any:
+        """The tree of both."""
+        first, second = iter(own), iter(rest)
+        leaves = [next(first if mine else second) for mine in self.leaves]
+        return jax.tree.unflatten(self.tree, leaves)
 
 
 def _forward(
     layer: Layer, unroll: bool, h: Any, xs: Any, consts: Any
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     leaves, tree = jax.tree.flatten(xs, is_leaf=_is_primal)
-    trained = _Trained(leaf.perturbed for leaf in leaves)
+    trained = _Trained(tree=tree, leaves=tuple(leaf.perturbed for leaf in leaves))
     h, consts = jax.tree.map(lambda leaf: leaf.value, (h, consts), is_leaf=_is_primal)
     xs = jax.tree.unflatten(tree, [leaf.value for leaf in leaves])
 
@@ -66,46 +84,48 @@ def _forward(
         h, i = carry
         return (layer(h, i, x, consts), i + 1), jax.device_put(h, jax.memory.Space.Host)
 
-    # What the last layer reads is wanted first.
     before, last = jax.tree.map(lambda x: x[:-1], xs), jax.tree.map(lambda x: x[-1], xs)
     (h, i), inputs = lax.scan(body, (h, jnp.int32(0)), before, unroll=unroll)
-    return layer(h, i, last, consts), (h, inputs, xs, consts, trained)
+    own, rest = trained.part(last)
+    h, last_backward = jax.vjp(lambda h, own: layer(h, i, trained.join(own, rest), consts), h, own)
+    return h, (inputs, last_backward, before, consts, trained)
 
 
 def _backward(
     layer: Layer, unroll: bool, residuals: tuple[Any, ...], dh: jax.Array
 ) -> tuple[jax.Array, Any, None]:
-    h, inputs, xs, consts, trained = residuals
+    inputs, last_backward, before, consts, trained = residuals
     if isinstance(dh, jax.custom_derivatives.SymbolicZero):
         dh = jnp.zeros(dh.shape, dh.dtype)
-    leaves, tree = jax.tree.flatten(xs)
-    own = [leaf for leaf, mine in zip(leaves, trained, strict=True) if mine]
-    rest = [leaf for leaf, mine in zip(leaves, trained, strict=True) if not mine]
+    dh, of_last = last_backward(dh)
+    stacks, rest = trained.part(before)
+    last = inputs.shape[0]
+    gradients = [jnp.zeros((last + 1, *g.shape), g.dtype).at[last].set(g) for g in of_last]
+    if not last:
+        return dh, trained.join(gradients, [None] * len(rest)), None
 
     def differentiate(index: jax.Array, dh: jax.Array, h: jax.Array, gradients: list[Any]) -> Any:
-        now, fixed = ([_at(stack, index) for stack in stacks] for stacks in (own, rest))
+        own, fixed = ([_at(stack, index) for stack in part] for part in (stacks, rest))
 
-        def again(h: jax.Array, now: list[Any]) -> jax.Array:
-            return layer(h, index, _joined(tree, trained, now, fixed), consts)
+        def again(h: jax.Array, own: list[Any]) -> jax.Array:
+            return layer(h, index, trained.join(own, fixed), consts)
 
-        dh, by_now = jax.vjp(again, h, now)[1](dh)
+        dh, by_own = jax.vjp(again, h, own)[1](dh)
         put = partial(lax.dynamic_update_index_in_dim, index=index, axis=0)
-        return dh, [put(*pair) for pair in zip(gradients, by_now, strict=True)]
+        return dh, [put(*pair) for pair in zip(gradients, by_own, strict=True)]
 
     # Where an input lies must be a linear function of the loop's counter, and within the stack,
     # for XLA to copy it without a kernel: so the first layer is no turn of the loop.
     def turn(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         dh, h, gradients = carry
-        before = jax.device_put(_at(inputs, last - 1 - i), jax.memory.Space.Device)
-        dh, gradients = differentiate(last - i, dh, h, gradients)
-        return dh, before, gradients
+        below = jax.device_put(_at(inputs, last - 2 - i), jax.memory.Space.Device)
+        dh, gradients = differentiate(last - 1 - i, dh, h, gradients)
+        return dh, below, gradients
 
-    last = inputs.shape[0]
-    carry: Any = (dh, h, [jnp.zeros_like(leaf) for leaf in own])
-    if last:
-        carry = lax.fori_loop(0, last, turn, carry, unroll=unroll)
+    h = jax.device_put(inputs[-1], jax.memory.Space.Device)
+    carry = lax.fori_loop(0, last - 1, turn, (dh, h, gradients), unroll=unroll)
     dh, gradients = differentiate(jnp.int32(0), *carry)
-    return dh, _joined(tree, trained, gradients, [None] * len(rest)), None
+    return dh, trained.join(gradients, [None] * len(rest)), None
 
 
 _scan.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -118,9 +138,3 @@ def _is_primal(leaf: Any) -> bool:
 def _at(stack: jax.Array, index: Any) -> jax.Array:
     """One layer's slice."""
     return lax.dynamic_index_in_dim(stack, index, keepdims=False, allow_negative_indices=False)
-
-
-def _joined(tree: Any, trained: _Trained, own: list[Any], rest: list[Any]) -> Any:
-    """The tree of both kinds of leaves."""
-    first, second = iter(own), iter(rest)
-    return jax.tree.unflatten(tree, [next(first if mine else second) for mine in trained])
