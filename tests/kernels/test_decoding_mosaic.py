@@ -293,7 +293,7 @@ def test_says_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
             implementation="mosaic_gpu",
         )
     assert fastest(stacks, cache, 1, "bfloat16") == "triton"
-    monkeypatch.setattr(api, "_compute_capability", lambda: api.HOPPER)
+    monkeypatch.setattr(api, "compute_capability", lambda: api.HOPPER)
     assert fastest(stacks, cache, 1, "bfloat16") == "mosaic_gpu"
     assert fastest(stacks, cache, 1, "float32") == "triton"
     assert fastest(narrow[1], narrow[2], 1, "bfloat16") == "triton"

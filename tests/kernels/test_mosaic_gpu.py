@@ -12,8 +12,11 @@ from fabric_kernels import LowRank
 from fabric_kernels.packing import pack
 from fabric_kernels.ternary_matmul import mosaic_gpu, mosaic_gpu_planes, mosaic_gpu_rows, xla
 from fabric_kernels.ternary_matmul.mosaic_gpu_planes_tiles import Tiles
+from fabric_kernels.ternary_matmul.mosaic_gpu_stack import whole_tiles
 from fabric_kernels.ternary_matmul.triton_group import turned
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.kernels.test_triton_kernel import imagined
 
@@ -127,8 +130,8 @@ def _of_planes(
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 def test_tiles_lower(tiles: Tiles) -> None:
     _, _, weight = _problem(300, 264, 1536, 2)
-    given = jnp.ones((300, 1536), jnp.int8), jnp.ones(300, jnp.int32), weight
-    traced = jax.jit(partial(_of_planes, tiles=tiles)).trace(*given)
+    operands = jnp.ones((300, 1536), jnp.int8), jnp.ones(300, jnp.int32), weight
+    traced = jax.jit(partial(_of_planes, tiles=tiles)).trace(*operands)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -188,13 +191,14 @@ def test_product_is_exact(problem: dict[str, int]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("size", [(300, 392, 1536), (5, 40, 128)], ids=str)
 @pytest.mark.parametrize("tiles", TILES, ids=str)
-def test_tiles_are_exact(tiles: Tiles) -> None:
-    """Cut off at all ends; sums over clusters.
+def test_tiles_are_exact(tiles: Tiles, size: tuple[int, int, int]) -> None:
+    """Cut off at all ends; sums over clusters; blocks of which parts have nothing to do.
 
     Of the largest codes: sums of fields and of codes are as far apart as they get.
     """
-    tokens, codes, weight = _problem(300, 392, 1536, 2, x=-128)
+    tokens, codes, weight = _problem(*size, 2, x=-128)
     tokens[:, ::3] = 127
     x = jnp.asarray(tokens)
     sums = jnp.sum(x, axis=1, dtype=jnp.int32)
@@ -204,10 +208,11 @@ def test_tiles_are_exact(tiles: Tiles) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("n", [40, 264])
 @pytest.mark.parametrize("m", [5, 300, 1100])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_linear_is_that_of_xla(dtype: str, m: int) -> None:
-    _, _, weight = _problem(m, 264, 1152, 3)
+def test_linear_is_that_of_xla(dtype: str, m: int, n: int) -> None:
+    _, _, weight = _problem(m, n, 1152, 3)
     x = jax.random.normal(jax.random.key(0), (m, 1152), dtype)
     got = jax.jit(lambda x, w: mosaic_gpu.linear(x, [w])[0])(x, weight)
     want = jax.jit(lambda x, w: xla.linear(x, [w])[0])(x, weight)
@@ -215,3 +220,12 @@ def test_linear_is_that_of_xla(dtype: str, m: int) -> None:
     np.testing.assert_allclose(
         got.astype(jnp.float32), want.astype(jnp.float32), rtol=tolerance, atol=1e-30
     )
+
+
+@given(st.integers(1, 1000), st.sampled_from([8, 32, 64]))
+def test_axes_have_two_tiles_or_more(size: int, tile: int) -> None:
+    """A copy of one tile along an axis of one tile would not be held against that axis."""
+    whole = whole_tiles(size, tile)
+    assert whole >= 2 * tile
+    assert whole % tile == 0
+    assert size <= whole < size + 2 * tile

@@ -1,6 +1,7 @@
 """The Hopper kernel of the backward product: interpreted, lowered anywhere, and run on a GPU."""
 
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -131,8 +132,10 @@ def test_groups(dtype: str, tiles: Tiles) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("tiles", [None, Tiles(64), Tiles(64, 2), Tiles(128, 4)], ids=str)
 @pytest.mark.parametrize("m", [1, 63, 200])
-def test_odd_sizes(m: int) -> None:
+def test_odd_sizes(m: int, tiles: Tiles | None) -> None:
+    """A scale of 0; blocks of which parts have nothing to do."""
     gradients, weights, exact = _group(m, (5, 67), 7, (1.5, 0.0))
-    dx = jax.jit(mosaic_gpu_transposed.product)(gradients, weights)
+    dx = jax.jit(partial(mosaic_gpu_transposed.product, tiles=tiles))(gradients, weights)
     assert _relative(dx, exact) < BOUND

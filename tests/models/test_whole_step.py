@@ -88,7 +88,7 @@ def test_is_chosen_for_one_token_on_cpu() -> None:
 def test_is_chosen_for_one_token_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is pretended, the program is traced for it."""
     assert loops(1)
-    monkeypatch.setattr(api, "_compute_capability", lambda: api.HOPPER)
+    monkeypatch.setattr(api, "compute_capability", lambda: api.HOPPER)
     assert not loops(1)
     assert loops(2)
     assert loops(1, whole_step=False)

@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from fabric_kernels.attention import cpu, triton, xla
+from fabric_kernels.nvidia import AMPERE, compute_capability
 from fabric_kernels.ternary_matmul import Implementation, select_implementation
 
 Angles = tuple[jax.Array, jax.Array]
 AttentionImplementation = Literal["xla", "cpu", "triton"]
-
-OLDEST_GPU = 8
-"""Major compute capability from which on ``None`` means the Triton kernels: these have bfloat16."""
 
 
 def attention(
@@ -81,18 +79,10 @@ def attention_implementation(
     if queries == 1 and implementation != "cpu":
         return "xla"
     if chosen in ("triton", "mosaic_gpu", "tuned") or (
-        implementation is None and _on_recent_nvidia()
+        implementation is None and compute_capability() >= AMPERE
     ):
         return "triton"
     return "cpu" if chosen == "cpu" else "xla"
-
-
-def _on_recent_nvidia() -> bool:
-    """AMD's architectures have names, such as ``gfx942``, where NVIDIA's have numbers."""
-    if jax.default_backend() != "gpu":
-        return False
-    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
-    return major.isdecimal() and int(major) >= OLDEST_GPU
 
 
 def _check(

@@ -31,6 +31,7 @@ from fabric_kernels.attention.triton_vectors import (
     vectors,
 )
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_programs import program_id
 
 Ref = Any
 TILE_ELEMENTS = 1024
@@ -111,7 +112,7 @@ def _program(*refs: Ref, inputs: int, count: int, tile: int, factor: float, mode
     q, k, v, cos, sin, layer, positions = refs[:7]
     first = refs[7:inputs]
     stored, new = refs[inputs : inputs + count], refs[inputs + count : inputs + 2 * count]
-    own, row, out = pl.program_id(0), pl.program_id(1), refs[-1]
+    own, row, out = program_id(mode), pl.program_id(1), refs[-1]
     (heads, width), capacity = q.shape[2:], stored[0].shape[3]
     group = heads // stored[0].shape[2]
     position, at = positions[row, 0], (layer[0], row, own)

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.attention.cache import KVCache
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_programs import program_id
 
 Ref = Any
 Place = tuple[Any, ...]
@@ -115,7 +116,7 @@ def _program(*refs: Ref, count: int, whole: bool, factor: float, mode: Mode) -> 
     q, k, v, cos, sin, layer, positions, first = refs[:8]
     stored, new = refs[8 : 8 + count], refs[8 + count : 8 + 2 * count]
     parts = refs[8 + 2 * count :]
-    own, row, stretch = (pl.program_id(i) for i in range(3))
+    own, row, stretch = program_id(mode), pl.program_id(1), pl.program_id(2)
     (heads, width), slots = q.shape[2:], stored[0].shape[3]
     # Query heads from the first one on, as many as a program has.
     group = heads // pl.num_programs(0)

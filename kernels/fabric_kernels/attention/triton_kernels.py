@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_programs import program_id
 
 Ref = Any
 Factors = tuple[float, float]
@@ -109,7 +110,7 @@ def _forward_tile(
 ) -> None:
     """One program of ``forward``: a tile of queries of a head."""
     # Under a causal mask the last tiles take longest: they start first.
-    index, head, row = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    index, head, row = pl.num_programs(0) - 1 - program_id(mode), pl.program_id(1), pl.program_id(2)
     shared = head // (q.shape[2] // k.shape[2])
     first = index * tile.queries
     own = _load_heads(q, row, first, tile.queries, head)
@@ -198,7 +199,7 @@ def _query_tile(
     mode: Mode,
 ) -> None:
     """One program of ``query_gradients``: a tile of queries of a head."""
-    index, head, row = pl.num_programs(0) - 1 - pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    index, head, row = pl.num_programs(0) - 1 - program_id(mode), pl.program_id(1), pl.program_id(2)
     shared = head // (q.shape[2] // k.shape[2])
     first = index * tile.queries
     own, slope, result = (_load_heads(x, row, first, tile.queries, head) for x in (q, g, out))
@@ -280,7 +281,7 @@ def _key_tile(
     mode: Mode,
 ) -> None:
     """One program of ``key_gradients``: a tile of keys of a key/value head; scores transposed."""
-    index, shared, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    index, shared, row = program_id(mode), pl.program_id(1), pl.program_id(2)
     group = q.shape[2] // k.shape[2]
     at = index * tile.keys
     keys, values = (_load_heads(x, row, at, tile.keys, shared) for x in (k, v))

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_programs import program_id
 
 BLOCK = 8192
 """Logits of a row at a time."""
@@ -36,7 +37,7 @@ def logits_gradient(
     block = min(BLOCK, 1 << (v - 1).bit_length())
 
     def kernel(logits: Any, targets: Any, weights: Any, losses: Any, gradient: Any) -> None:
-        token, start = pl.program_id(0), (jnp.float32(LOWEST), jnp.float32(0))
+        token, start = program_id(mode), (jnp.float32(LOWEST), jnp.float32(0))
         part = partial(_part, logits, token, block, count)
 
         def add(i: jax.Array, known: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

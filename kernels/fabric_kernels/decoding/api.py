@@ -28,6 +28,7 @@ from fabric_kernels.attention.cached import CPU_DTYPES
 from fabric_kernels.decoding import cpu
 from fabric_kernels.decoding.hopper.plan import why_not as plan_why_not
 from fabric_kernels.decoding.stacks import LayerStacks
+from fabric_kernels.nvidia import HOPPER, NONE, compute_capability
 from fabric_kernels.triton_call import Mode, kernel_module, on_platform
 
 Implementation = Literal["triton", "mosaic_gpu", "cpu"]
@@ -35,7 +36,6 @@ MOST_ROWS = 4
 """Tokens of a step: one a row of the batch."""
 MOST_SLOTS = 2048
 """Of a cache. A program has a whole head's; of longer ones ``cached_attention`` cuts stretches."""
-HOPPER = "9.0"
 HOPPER_PROGRAMS = 132
 """Multiprocessors of an H100 SXM and an H200: where a program is compiled for one elsewhere."""
 LEAST_PROGRAMS = 8
@@ -71,14 +71,14 @@ def why_not(
     # Triton's offsets are of 32 bits, signed.
     if max(*(weight.packed.size for weight in matrices), cache.keys.size) >= 1 << 31:
         return "a stack has more elements than 32 bits count"
-    if jax.default_backend() == "gpu" and not _compute_capability():
+    if jax.default_backend() == "gpu" and compute_capability() == NONE:
         return "only CUDA GPUs round as exactly"
     return None
 
 
 def _why_not_hopper() -> str | None:
     """Nothing where no GPU is there: a program may be compiled for one that isn't."""
-    if jax.default_backend() == "gpu" and _compute_capability() != HOPPER:
+    if jax.default_backend() == "gpu" and compute_capability() != HOPPER:
         return "it is for Hopper GPUs"
     return None
 
@@ -97,12 +97,12 @@ def picks_itself(rows: int, implementation: Implementation = "triton") -> bool:
     """Whether it is what runs where nobody says so: a token, on a device it has been timed on."""
     if implementation == "cpu":
         return rows == 1 and jax.default_backend() == "cpu" and cpu_library.available()
-    return rows == 1 and _compute_capability() == HOPPER
+    return rows == 1 and compute_capability() == HOPPER
 
 
 def fastest(stacks: LayerStacks, cache: KVCache, rows: int, dtype: DTypeLike) -> Implementation:
     """Which of the two for GPUs runs such a step sooner."""
-    if _compute_capability() != HOPPER:
+    if compute_capability() != HOPPER:
         return "triton"
     taken = why_not(stacks, cache, rows, "mosaic_gpu", dtype) is None
     return "mosaic_gpu" if taken else "triton"
@@ -148,7 +148,7 @@ def decode_layers(
         # Imported here: not every platform has the compiler that it is written for.
         from fabric_kernels.decoding.hopper import layers
 
-        programs = _multiprocessors() if _compute_capability() else HOPPER_PROGRAMS
+        programs = _multiprocessors() if compute_capability() != NONE else HOPPER_PROGRAMS
         return layers.decode_layers(h, stacks, cache, positions, angles, factor, programs=programs)
     call = partial(_call, factor=factor)
     return on_platform(call, h, stacks, cache, positions, angles)
@@ -172,14 +172,6 @@ def _call(
     return kernel_module("fabric_kernels.decoding.triton_layers").decode_layers(
         h, stacks, cache, positions, angles, factor, programs=programs, mode=mode
     )
-
-
-def _compute_capability() -> str:
-    """Of the CUDA GPU that programs run on, as in 9.0; empty where they run on something else."""
-    if jax.default_backend() != "gpu":
-        return ""
-    found = str(getattr(jax.devices()[0], "compute_capability", ""))
-    return found if "." in found else ""
 
 
 def _multiprocessors() -> int:

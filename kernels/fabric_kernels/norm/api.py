@@ -13,6 +13,7 @@ from jax import lax
 
 from fabric_kernels import cpu_library
 from fabric_kernels.norm import triton
+from fabric_kernels.nvidia import AMPERE, compute_capability
 
 Implementation = Literal["xla", "cpu", "triton"]
 Gate = Literal["silu", "relu2"]
@@ -22,10 +23,8 @@ GATES: dict[Gate | None, np.int32] = {
     "relu2": np.int32(2),
 }
 MANY_ROWS = 1024
-"""From so many on ``None`` means the Triton kernels, in half precision on an NVIDIA GPU: XLA has
-few rows in its caches, and joins norms with what is around them."""
-OLDEST_GPU = 8
-"""Major compute capability from which on that is so: these have bfloat16."""
+"""From so many on ``None`` means the Triton kernels, in half precision on an NVIDIA GPU
+that has bfloat16: XLA has few rows in its caches, and joins norms with what is around them."""
 
 
 def rms_norm(
@@ -99,10 +98,7 @@ def on_triton(x: jax.Array, implementation: Implementation | None = None) -> boo
         return implementation == "triton" and x.size > 0
     if x.dtype.itemsize > 2 or x.size < MANY_ROWS * x.shape[-1]:
         return False
-    # AMD's architectures have names where NVIDIA's have numbers.
-    device = jax.devices()[0]
-    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
-    return device.platform == "gpu" and major.isdecimal() and int(major) >= OLDEST_GPU
+    return compute_capability() >= AMPERE
 
 
 def _on_cpu(x: jax.Array, implementation: Implementation | None) -> bool:

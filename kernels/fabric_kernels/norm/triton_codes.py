@@ -17,6 +17,7 @@ from fabric_kernels.norm.triton import How
 from fabric_kernels.norm.triton_kernels import Ref, columns_of, normalised, params
 from fabric_kernels.triton_call import Mode
 from fabric_kernels.triton_exact import round_product, scalar_reciprocal
+from fabric_kernels.triton_programs import program_id
 
 Scale = tuple[jax.Array, jax.Array]
 """Of a matrix: float32 [L] or [1], and its layer int32 [1]."""
@@ -50,7 +51,7 @@ def forward(
     def kernel(x: tuple[Ref, ...], gain: Ref, scales: Sequence[tuple[Ref, Ref]], *outs: Ref):
         out, codes, *factors = outs
         at, mask = columns_of(out)
-        values, token = normalised(how, x, gain, out), pl.program_id(0)
+        values, token = normalised(how, x, gain, out), program_id(mode)
         plgpu.store(out.at[token, at], values, mask=mask)
         row = values.astype(jnp.float32)
         # A maximum need not keep what is not a number.

@@ -10,6 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.norm.triton import How
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_programs import program_id
 
 Ref = Any
 
@@ -19,7 +20,7 @@ def forward(how: How, x: tuple[jax.Array, ...], gain: jax.Array, *, mode: Mode) 
 
     def kernel(x: tuple[Ref, ...], gain: Ref, out: Ref) -> None:
         at, mask = columns_of(out)
-        plgpu.store(out.at[pl.program_id(0), at], normalised(how, x, gain, out), mask=mask)
+        plgpu.store(out.at[program_id(mode), at], normalised(how, x, gain, out), mask=mask)
 
     shape = jax.ShapeDtypeStruct(x[0].shape, x[0].dtype)
     return _call(kernel, shape, params(gain.size), mode, "norm")(x, gain)
@@ -60,8 +61,9 @@ def backward(
             gradients = [d_product * up * slope, d_product * activated]
         if beside is not None:
             gradients[-1] = gradients[-1] + _load(beside, at, mask)
+        row = program_id(mode)
         for out, gradient in zip(outputs, gradients, strict=True):
-            plgpu.store(out.at[pl.program_id(0), at], gradient.astype(out.dtype), mask=mask)
+            plgpu.store(out.at[row, at], gradient.astype(out.dtype), mask=mask)
 
     shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in x]
     tile = params(gain.size, gradients=True)

@@ -18,6 +18,7 @@ from fabric_kernels.norm.triton_kernels import activation
 from fabric_kernels.norm.triton_rows import Row, choose_pieces, over_pieces, sum_products, wide
 from fabric_kernels.triton_call import Mode
 from fabric_kernels.triton_exact import reciprocal, round_product
+from fabric_kernels.triton_programs import program_id
 
 Ref = Any
 PROGRAMS = 132 * 8
@@ -45,7 +46,7 @@ def codes(
 
     def kernel(*refs: Ref) -> None:
         inputs, (codes, scales, inverses) = refs[: len(operands)], refs[len(operands) :]
-        row = pl.program_id(0) * cut.rows
+        row = program_id(mode) * cut.rows
         product = wide(cut.load(inputs[0], row))
         if gate is not None:
             gates = wide(cut.load(inputs[2], row))
@@ -112,7 +113,7 @@ def gradient(
     outputs.append(jax.ShapeDtypeStruct((programs * cut.rows, k), jnp.float32))
 
     def kernel(*refs: Ref) -> None:
-        first = pl.program_id(0)
+        first = program_id(mode)
         inputs, (gain, inverse), outs = refs[: len(read)], refs[len(read) :][:2], refs[-len(read) :]
         gains = [own.astype(x.dtype).astype(jnp.float32) for own in cut.load_one(gain)]
 

@@ -14,13 +14,12 @@ from jax import lax
 
 from fabric_kernels import cpu_library
 from fabric_kernels.block_quantization import BlockTable
+from fabric_kernels.nvidia import AMPERE, compute_capability
 from fabric_kernels.table_matmul import triton, xla
 from fabric_kernels.table_matmul.quantized import block_product, block_transposed
 
 Implementation = Literal["xla", "cpu", "triton"]
 FEW_ROWS = 16
-OLDEST_GPU = 8
-"""Major compute capability from which on ``None`` means Triton for what it takes."""
 CPU_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -132,11 +131,8 @@ def _chosen(
                 f"table of floats; found {x.dtype} {list(x.shape)} and {table.dtype}"
             )
         return "triton"
-    if implementation is None and jax.default_backend() == "gpu" and triton.takes(x, table):
-        # AMD's architectures have names where NVIDIA's have numbers.
-        major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
-        if major.isdecimal() and int(major) >= OLDEST_GPU:
-            return "triton"
+    if implementation is None and compute_capability() >= AMPERE and triton.takes(x, table):
+        return "triton"
     return "cpu" if _on_cpu(table, implementation) else "xla"
 
 

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_programs import program_id
 
 Ref = Any
 
@@ -38,7 +39,7 @@ def product(x: jax.Array, table: jax.Array, tile: Tile, *, mode: Mode) -> jax.Ar
     """``x[M, K] · table[N, K]^T`` as float32 [M, N], the table cast to the dtype of ``x``."""
     (m, _), n = x.shape, table.shape[0]
     return pl.pallas_call(
-        partial(_product, tile=tile),
+        partial(_product, tile=tile, mode=mode),
         out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
         grid=(pl.cdiv(n, tile.n),),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
@@ -47,8 +48,8 @@ def product(x: jax.Array, table: jax.Array, tile: Tile, *, mode: Mode) -> jax.Ar
     )(x, table)
 
 
-def _product(x: Ref, table: Ref, out: Ref, *, tile: Tile) -> None:
-    row, k = pl.program_id(0) * tile.n, x.shape[1]
+def _product(x: Ref, table: Ref, out: Ref, *, tile: Tile, mode: Mode) -> None:
+    row, k = program_id(mode) * tile.n, x.shape[1]
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         at = i * tile.k

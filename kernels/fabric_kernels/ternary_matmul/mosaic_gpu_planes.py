@@ -42,7 +42,7 @@ from fabric_kernels.ternary_matmul.mosaic_gpu_planes_tiles import (
     Tiles,
     choose_tiles,
 )
-from fabric_kernels.ternary_matmul.mosaic_gpu_stack import padded_stack, round_up
+from fabric_kernels.ternary_matmul.mosaic_gpu_stack import padded_stack, round_up, whole_tiles
 from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import fragment_fields
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
@@ -96,13 +96,15 @@ def product(
     assert weight.packing == "ternary2", "the caller has looked"
     m, n = m or x.shape[0], weight.n
     tiles = tiles or choose_tiles(m, n, weight.k)
-    rows, outputs = round_up(m, TILE_ROWS), round_up(n, max(TILE_ROWS, SWIZZLE // dtype.itemsize))
+    # A block's second warpgroup may have no outputs; a cluster's, no inputs or no tokens to store.
+    whole = whole_tiles if tiles.parts > 1 else round_up
+    rows, outputs = whole(m, TILE_ROWS), whole_tiles(n, SWIZZLE // dtype.itemsize)
     if interpret:  # which has no tiles that end past an array, and no clusters
         tiles = replace(tiles, parts=1)
         rows, outputs = round_up(m, tiles.tokens), round_up(n, tiles.width)
     # Padding meets zeros of x, or makes outputs that are cut off.
     least = max(tiles.width, round_up(outputs if interpret else n, TILE_ROWS))
-    width = max(tiles.bytes, round_up(weight.packed.shape[-1], PIECE_BYTES))
+    width = max(tiles.bytes, whole(weight.packed.shape[-1], PIECE_BYTES))
     stack = padded_stack(weight, least, width)
     right = CODES_PER_BYTE * width - x.shape[1]
     below = max(rows, tiles.tokens) - x.shape[0]

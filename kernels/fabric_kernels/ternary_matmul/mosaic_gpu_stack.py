@@ -13,6 +13,15 @@ def round_up(size: int, multiple: int) -> int:
     return pl.cdiv(size, multiple) * multiple
 
 
+def whole_tiles(size: int, tile: int) -> int:
+    """Of an axis that copies may begin past: its size up to whole tiles, two or more.
+
+    An axis that has one tile is left out of the copies of one (jax 0.10 to 0.11): what begins past
+    it would be read from its start, or stored there.
+    """
+    return max(2 * tile, round_up(size, tile))
+
+
 def padded_stack(weight: TernaryWeight, rows: int, width: int) -> TernaryWeight:
     """The weight with packed uint8 [L, rows, width] and a layer int32 [1].
 

@@ -37,7 +37,7 @@ from fabric_kernels.ternary_matmul.mosaic_gpu_pipeline import (
     transforms,
 )
 from fabric_kernels.ternary_matmul.mosaic_gpu_share import Operands, Share
-from fabric_kernels.ternary_matmul.mosaic_gpu_stack import padded_stack, round_up
+from fabric_kernels.ternary_matmul.mosaic_gpu_stack import padded_stack, round_up, whole_tiles
 from fabric_kernels.ternary_matmul.mosaic_gpu_unpack import store_transposed, transposed_codes
 from fabric_kernels.ternary_matmul.weight import TernaryWeight
 
@@ -167,10 +167,10 @@ def product(
     m, k = gradients[0].shape[0], weights[0].k
     tiles = tiles or choose_tiles(m, k, sum(weight.n for weight in weights))
     dtype = gradients[0].dtype
-    rows, shape = (
-        round_up(max(m, tiles.tokens), TILE_ROWS),
-        (round_up(m, TILE_ROWS), round_up(k, STEP)),
-    )
+    rows = round_up(max(m, tiles.tokens), TILE_ROWS)
+    # A block's second warpgroup may have no inputs; a cluster's, no outputs or no tokens to store.
+    whole = whole_tiles if tiles.parts > 1 else round_up
+    shape = whole(m, TILE_ROWS), whole_tiles(k, STEP)
     if interpret:  # which has no tiles that end past an array, and no clusters
         tiles = replace(tiles, parts=1)
         rows = round_up(m, tiles.tokens)
@@ -179,7 +179,7 @@ def product(
     for g, weight in zip(gradients, weights, strict=True):
         # Padded n meet zeros of the gradients, padded k are not stored.
         n, width = weight.packed.shape[-2:]
-        stack = padded_stack(weight, round_up(n, STEP), round_up(width, BYTES))
+        stack = padded_stack(weight, whole(n, STEP), round_up(width, BYTES))
         packed, scale, layer = stack.packed, stack.scale.reshape(-1), stack.layer
         pad = ((0, rows - m), (0, packed.shape[1] - g.shape[1]))
         g = jnp.pad(g, pad) if any(p for _, p in pad) else g

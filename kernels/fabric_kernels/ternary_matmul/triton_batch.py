@@ -35,6 +35,7 @@ from fabric_kernels.ternary_matmul.triton_kernels import (
     store,
 )
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_programs import program_id
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def batch_codes(row: Row, layer: jax.Array, shape: tuple[int, int], *, mode: Mod
 
     def kernel(*refs: Ref) -> None:
         tokens, (index, planes, sums, factors) = dict(zip(names, refs, strict=False)), refs[-4:]
-        t = pl.program_id(0)
+        t = program_id(mode)
         columns = lax.iota(jnp.int32, 1 << (width - 1).bit_length())
         codes, factor = quantized_row(
             tokens, (row.activation, row.eps), (t, index[0]), columns, mode
@@ -139,7 +140,8 @@ def batch_products(
             [
                 (count, partial(_product, tokens, group, residual, out, tile, mode))
                 for count, group, out in zip(programs, groups, outputs, strict=True)
-            ]
+            ],
+            mode,
         )
 
     return tuple(

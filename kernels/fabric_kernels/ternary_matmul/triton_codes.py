@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.ternary_matmul.triton_kernels import contract, load, store
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_programs import program_id
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def scaled(
 
     def kernel(codes: Any, weights: Any, factor: Any, out: Any) -> None:
         # Outputs are the inner axis: what tokens a program reads its neighbours read too.
-        row = lax.div(pl.program_id(0), columns) * tile.m
-        column = lax.rem(pl.program_id(0), columns) * tile.n
+        row = lax.div(program_id(mode), columns) * tile.m
+        column = lax.rem(program_id(mode), columns) * tile.n
 
         def step(i: jax.Array, total: jax.Array) -> jax.Array:
             a = load(codes, (row, i * tile.k), (tile.m, tile.k))

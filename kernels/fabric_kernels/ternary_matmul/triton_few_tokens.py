@@ -23,6 +23,7 @@ from fabric_kernels.norm import Gate, activate
 from fabric_kernels.packing import CODES_PER_BYTE
 from fabric_kernels.ternary_matmul.triton_kernels import Ref, Tile, scale_at
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_programs import program_id
 
 # Each works on groups of four elements, in as many registers. A word of codes has those of a byte
 # of weights; turned around, word j of a group has plane j of its four bytes, as dp4a wants them.
@@ -138,7 +139,7 @@ def _rows_of_group(*refs: Ref, row: Row, programs: list[int], tile: Tile, mode: 
     tokens = dict(zip(names, refs, strict=False))
     rest = refs[len(names) :]
     layers, packed, scales, outputs = (rest[i * count : (i + 1) * count] for i in range(4))
-    program = pl.program_id(0)
+    program = program_id(mode)
     start = 0
     for g, length in enumerate(programs):
         run = partial(

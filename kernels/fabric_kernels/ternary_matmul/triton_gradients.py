@@ -128,7 +128,7 @@ def over_outputs(
             work.append(partial(narrow_product, g, b_ref, out, adapter.scale, tile))
         if parts:
             work += _parts(gradients, matrices, outputs[0], parts, packing, mode)
-        run_parts(list(zip(counts, work, strict=True)))
+        run_parts(list(zip(counts, work, strict=True)), mode)
 
     outputs = pl.pallas_call(
         kernel,
@@ -236,7 +236,7 @@ def add_up(
         for narrow, wide in pairs:
             own, left = left[: len(narrow)], left[len(narrow) :]
             work.append(partial(_over_tokens, narrow, wide, own, tile))
-        run_parts(list(zip(programs, work, strict=True)))
+        run_parts(list(zip(programs, work, strict=True)), mode)
 
     outputs = pl.pallas_call(
         kernel,

@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from fabric_kernels.packing import CODES_PER_BYTE, DIGITS_PER_BYTE, Packing
 from fabric_kernels.triton_call import Mode
+from fabric_kernels.triton_programs import program_id
 
 Ref = Any
 
@@ -136,12 +137,12 @@ class Tile:
         return plgpu.CompilerParams(num_warps=self.warps, num_stages=self.stages)
 
 
-def run_parts(parts: Sequence[tuple[int, Callable[[jax.Array], None]]]) -> None:
+def run_parts(parts: Sequence[tuple[int, Callable[[jax.Array], None]]], mode: Mode) -> None:
     """One program of a launch that does several things: so many programs for each, in turn.
 
     A launch takes about two microseconds whatever it does, which is what short kernels cost.
     """
-    program = pl.program_id(0)
+    program = program_id(mode)
     start = 0
     for count, body in parts:
         own = program - start if start else program
@@ -286,7 +287,8 @@ def products(
                     partial(_product, x, sums, *group, out, tile, packing, mode),
                 )
                 for group, out in zip(groups, outputs, strict=True)
-            ]
+            ],
+            mode,
         )
 
     return tuple(
@@ -406,7 +408,7 @@ def transposed(
         share: tuple[Columns, Ref] | None,
         out: Ref,
     ) -> None:
-        column, token = pl.program_id(0) * tile.w, pl.program_id(1) * tile.m
+        column, token = program_id(mode) * tile.w, pl.program_id(1) * tile.m
         index = layer[0]
         steps = pl.cdiv(packed.shape[1], tile.n)
         totals = sum_rows(g, packed, index, (token, column), (0, steps), tile, packing, mode)

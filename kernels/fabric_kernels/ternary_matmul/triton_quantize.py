@@ -29,6 +29,7 @@ from fabric_kernels.ternary_matmul.triton_kernels import (
 )
 from fabric_kernels.triton_call import Mode
 from fabric_kernels.triton_exact import round_product, scalar_reciprocal
+from fabric_kernels.triton_programs import program_id
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def quantize(
         codes, sums, *factors = outputs[: 2 + count]
         narrow = side_by_side(outputs[-1], [a_ref.shape[0] for a_ref in a])
         turns = tile.m + many
-        at, turn = lax.div(pl.program_id(0), turns), lax.rem(pl.program_id(0), turns)
+        program = program_id(mode)
+        at, turn = lax.div(program, turns), lax.rem(program, turns)
         for i in range(many):
             own = a[i], narrow[i], adapters[i].scale
             pl.when(turn == i)(partial(narrow_product, x, *own, tile, at))
