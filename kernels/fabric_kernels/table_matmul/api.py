@@ -57,9 +57,7 @@ def table_matmul_transposed(
     if isinstance(table, BlockTable):
         _check_quantized(table, implementation)
         return block_transposed(g, table)
-    if implementation == "triton":
-        raise ValueError("the Triton product is a forward one: use cpu or xla")
-    return _transposed(_on_cpu(table, implementation), g, table)
+    return _transposed(_chosen(g, table, implementation), g, table)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -74,8 +72,10 @@ def _product(chosen: Implementation, x: jax.Array, table: jax.Array) -> jax.Arra
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _transposed(on_cpu: bool, g: jax.Array, table: jax.Array) -> jax.Array:
-    if not on_cpu:
+def _transposed(chosen: Implementation, g: jax.Array, table: jax.Array) -> jax.Array:
+    if chosen == "triton":
+        return triton.transposed(g, table)
+    if chosen == "xla":
         return xla.transposed(g, table)
     out = jax.ShapeDtypeStruct((*g.shape[:-1], table.shape[1]), jnp.float32)
     call = jax.ffi.ffi_call("fabric_table_transposed", out, vmap_method="sequential")
@@ -91,17 +91,19 @@ def _product_fwd(chosen: Implementation, x: jax.Array, table: jax.Array) -> tupl
 
 def _product_bwd(chosen: Implementation, residuals: _Pair, g: jax.Array) -> _Pair:
     x, table = residuals
-    dx: jax.Array = _transposed(chosen == "cpu", g.astype(x.dtype), table)
+    dx: jax.Array = _transposed(chosen, g.astype(x.dtype), table)
     return dx.astype(x.dtype), _outer(g, x).astype(table.dtype)
 
 
-def _transposed_fwd(on_cpu: bool, g: jax.Array, table: jax.Array) -> tuple[jax.Array, _Pair]:
-    return _transposed(on_cpu, g, table), (g, table)
+def _transposed_fwd(
+    chosen: Implementation, g: jax.Array, table: jax.Array
+) -> tuple[jax.Array, _Pair]:
+    return _transposed(chosen, g, table), (g, table)
 
 
-def _transposed_bwd(on_cpu: bool, residuals: _Pair, h: jax.Array) -> _Pair:
+def _transposed_bwd(chosen: Implementation, residuals: _Pair, h: jax.Array) -> _Pair:
     g, table = residuals
-    dg: jax.Array = _product("cpu" if on_cpu else "xla", h.astype(g.dtype), table)
+    dg: jax.Array = _product(chosen, h.astype(g.dtype), table)
     return dg.astype(g.dtype), _outer(g, h).astype(table.dtype)
 
 
