@@ -14,8 +14,8 @@ _MOST_ELEMENTS = 1 << 31
 """Triton's offsets are of 32 bits, signed."""
 _SHARED_BYTES = 96 << 10
 """Of the pipeline of loads: what the smaller NVIDIA GPUs since Ampere have."""
-_PROGRAMS = 256
-"""Among which a transposed product is cut: about two for each multiprocessor."""
+_PROGRAMS = 128
+"""Among which a transposed product is cut: about one for each multiprocessor."""
 
 
 def takes(x: jax.Array, table: jax.Array) -> bool:
