@@ -117,8 +117,8 @@ class RunConfig:
             was saved with, else per_token.
         remat: what the backward pass recomputes instead of keeping. int8-residuals keeps int8 codes
             of the outputs of linears: the same loss, gradients from rounded values. offload is
-            layer with the layers' inputs in the host's memory, for GPUs with rows enough that
-            copies hide behind the computation.
+            layer with the layers' inputs in the host's memory, and the last layer kept, for GPUs
+            with rows enough that copies hide behind the computation.
         seed: of adapter, dropout and random base weights.
         nonfinite: what a loss or gradient that is no number does: stop the run, or skip the update
             of that step; after ten skips in a row the run stops too. Neither is ever saved.

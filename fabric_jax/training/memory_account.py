@@ -72,7 +72,8 @@ class MemoryConfig:
         dtype: of activations and unpacked weights.
         embedding_dtype: of embedding and head in memory; same is dtype.
         remat: what the backward pass recomputes instead of keeping. int8-residuals keeps int8 codes
-            of the outputs of linears; offload is layer with layers' inputs in the host's memory.
+            of the outputs of linears; offload is layer with layers' inputs in the host's memory
+            and the last layer kept.
         implementation: of products with packed weights; auto picks the fastest there is.
         fused_update: whether each layer's adapter is updated within the backward pass.
         max_length: positions in a row.
