@@ -1,5 +1,6 @@
 """Products with tables of floats against numpy in float64."""
 
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -63,6 +64,20 @@ def test_tens_of_rows_on_gpus(m: int, n: int, k: int, dtype: str, stored: str) -
     assert_close(y, np.asarray(x, np.float64) @ wide.T, k)
     dx = table_matmul_transposed(g, table, implementation="triton")
     assert_close(dx, np.asarray(g, np.float64) @ wide, n)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+@pytest.mark.parametrize("m", [2, 32, 64])
+def test_heads_of_models_on_a_device(m: int, stored: str) -> None:
+    x, g, table = problem(m, 32_002, 2048, stored)
+    x, g = x.astype(jnp.bfloat16), g.astype(jnp.bfloat16)
+    wide = np.asarray(table.astype(jnp.bfloat16), np.float64)
+    y = jax.jit(partial(table_matmul, implementation="triton"))(x, table)
+    assert_close(y, np.asarray(x, np.float64) @ wide.T, 2048)
+    dx = jax.jit(partial(table_matmul_transposed, implementation="triton"))(g, table)
+    assert_close(dx, np.asarray(g, np.float64) @ wide, 32_002)
 
 
 def test_the_kernel_for_tens_of_rows_refuses_others() -> None:
