@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from fabric_kernels import BlockTable, dequantize_blocks
 from fabric_kernels.block_quantization import TableBits, code_bytes, groups
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -74,4 +75,7 @@ def table_rows(
     value: jax.Array | BlockTable = table_value(table)
     if isinstance(value, BlockTable):
         return dequantize_blocks(value.rows(indices), dtype)
+    # XLA takes no rows of bfloat16 on CPU, but of the table in float32; it would widen all of it before
+    # a loop that only knows the indices within. So it is told that the table depends on them.
+    value, indices = lax.optimization_barrier((value, indices))
     return value[indices].astype(dtype)
