@@ -75,7 +75,7 @@ def table_rows(
     value: jax.Array | BlockTable = table_value(table)
     if isinstance(value, BlockTable):
         return dequantize_blocks(value.rows(indices), dtype)
-    # XLA takes no rows of bfloat16 on CPU, but of the table in float32; it would widen all of it before
-    # a loop that only knows the indices within. So it is told that the table depends on them.
-    value, indices = lax.optimization_barrier((value, indices))
-    return value[indices].astype(dtype)
+    # XLA takes rows of bfloat16 from a table in float32 on CPU, and would widen all of it before a
+    # loop that knows the indices. So it is told that the table depends on them.
+    stored, indices = lax.optimization_barrier((value, indices))
+    return stored[indices].astype(dtype)

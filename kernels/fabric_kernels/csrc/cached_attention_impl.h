@@ -151,8 +151,8 @@ float Weigh(float* scores, int64_t count, float scale, const float* slot_scales)
   return Isa::SumFloats(sum);
 }
 
-// out[d] = factor * sum of weights[s] * values[s][d] from d = `at` on: kVectors whole vectors and, if
-// kRest, what is left of `width` after them.
+// out[d] = factor * sum of weights[s] * values[s][d] from d = `at` on: kVectors whole vectors and,
+// if kRest, what is left of `width` after them.
 template <CacheType kType, int kVectors, bool kRest>
 void MixVectors(const float* weights, const Stored<kType>* values, int64_t width, int64_t count,
                 int64_t at, float factor, float* out) {

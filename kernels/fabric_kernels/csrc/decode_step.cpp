@@ -147,7 +147,8 @@ void DecodeStep::Ahead(int phase, int64_t item, const Local& local) const {
   const Matrix& matrix = local.job.matrix[range.group];
   for (int part = 0; part < kRowParts; ++part) {
     const uint8_t* from = matrix.bytes + range.Begin(part) * matrix.row_bytes;
-    const int64_t bytes = std::min(kAheadBytes / kRowParts, (range.End(part) - range.Begin(part)) * matrix.row_bytes);
+    const int64_t rows = range.End(part) - range.Begin(part);
+    const int64_t bytes = std::min(kAheadBytes / kRowParts, rows * matrix.row_bytes);
     for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 0, 2);
   }
 }

@@ -15,12 +15,11 @@ constexpr int64_t kOneRowCodes = int64_t{kLanes} << 15;
 
 // sums[r][i] = digits of row r . fields of weight row i (codes + 1).
 using FewRowsSums = int32_t[kFewRows][kWeightRows];
-// The same of one row of digits, each sum still spread over the lanes of a vector.
-template <Format kFormat>
-using OneRowSums = Vec[kOneRowWeights<kFormat>];
 
-// ternary2, one row of digits. Fields are not shifted down: each plane has its own accumulator,
-// which is shifted once at the end (exact, since every product in it is a multiple of 4^j).
+// sums[i] = digits of one row . fields of rows[i], still spread over the lanes of a vector.
+//
+// ternary2: fields are not shifted down; each plane has its own accumulator, which is shifted once
+// at the end (exact, since every product in it is a multiple of 4^j).
 inline void OneRowTernary2(const int32_t* digits, const uint8_t* const* rows, int64_t vectors,
                            int64_t ahead, Vec* sums) {
   constexpr int kCount = kOneRowWeights<Format::kTernary2>;
@@ -49,7 +48,7 @@ inline void OneRowTernary2(const int32_t* digits, const uint8_t* const* rows, in
   }
 }
 
-// ternary1.6, one row of digits. With r_0 the byte and r_{j+1} = 3 r_j mod 256, digit j of the byte
+// ternary1.6: with r_0 the byte and r_{j+1} = 3 r_j mod 256, digit j of the byte
 // is (3 r_j - r_{j+1}) / 256, so the dot product needs no digit on its own:
 //   256 * sum_j t_j a_j = 3 * sum_j r_j a_j - sum_j r_{j+1} a_j,
 // lane by lane, which divides by 256 without a remainder.
@@ -142,7 +141,7 @@ inline void OneRowOfParts(const int32_t* digits, const RowsInFlight& rows, int64
                           int32_t* sums) {
   constexpr int kCount = kOneRowWeights<kFormat>;
   static_assert(kRowParts % kCount == 0);
-  Vec lanes[kRowParts];  // each sum still spread over the lanes of a vector
+  Vec lanes[kRowParts];
 #pragma GCC unroll 4
   for (int part = 0; part < kRowParts; part += kCount) {
     if constexpr (kFormat == Format::kTernary2) {

@@ -90,8 +90,8 @@ struct Isa : X86 {
         _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
     const __m256i half =
         _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+    const __m128i low = _mm256_castsi256_si128(half), high = _mm256_extracti128_si256(half, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(low, high));
   }
 
   static int32_t Sum(Vec v) { return _mm512_reduce_add_epi32(v); }
@@ -147,7 +147,8 @@ struct Isa : X86 {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const Floats a = AddHalves(v[i], v[i + 4]), b = AddHalves(v[i + 8], v[i + 12]);
-      quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+      quarter[i] =
+          _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     }
     const Floats a = AddPairs(quarter[0], quarter[1]), b = AddPairs(quarter[2], quarter[3]);
     return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));

@@ -63,9 +63,10 @@ struct Ymm : X86 {
 
   // to[i] = the sum of v[i].
   static void SumFour(const Vec (&v)[4], int32_t* to) {
-    const Vec sums = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1)));
+    const Vec ab = _mm256_hadd_epi32(v[0], v[1]), cd = _mm256_hadd_epi32(v[2], v[3]);
+    const Vec sums = _mm256_hadd_epi32(ab, cd);
+    const __m128i low = _mm256_castsi256_si128(sums), high = _mm256_extracti128_si256(sums, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(low, high));
   }
 
   static int32_t Sum(Vec v) {

@@ -9,8 +9,8 @@
 namespace fabric {
 
 // Runs body(i) for i in [0, count). The caller takes part and returns when every item is done, so
-// that a pool whose threads are all busy (or waiting in calls like this one) costs speed and never a
-// deadlock. A thread's items follow one another, as memory is read fastest. Which thread runs an
+// that a pool whose threads are all busy (or waiting in calls like this one) costs speed and never
+// a deadlock. A thread's items follow one another, as memory is read fastest. Which thread runs an
 // item does not influence the result.
 template <class Body>
 void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {

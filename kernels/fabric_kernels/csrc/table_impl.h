@@ -363,7 +363,9 @@ void RunTableTransposed(const TableJob& job, const float* packed, int64_t first,
 #undef FABRIC_BY_TYPE
 
 int64_t TableForwardUnits(const TableJob& job) { return CeilDiv(job.rows, kPanel); }
-int64_t TableFewRowsUnits(const TableJob& job) { return CeilDiv(TablePartRows(job), kFewRowsTable); }
+int64_t TableFewRowsUnits(const TableJob& job) {
+  return CeilDiv(TablePartRows(job), kFewRowsTable);
+}
 int64_t TableTransposedUnits(const TableJob& job) { return CeilDiv(job.width, kPanel); }
 
 constexpr TableKernels kTableKernels = {
