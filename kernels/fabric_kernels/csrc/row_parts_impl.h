@@ -48,8 +48,9 @@ class RowsInFlight {
         vectors_(RowChunks(job) * kVecBytes),
         part_(range.part),
         row_(range.begin) {
-    const int64_t bytes = matrix_.rows * matrix_.row_bytes;
-    whole_ = bytes < vectors_ ? 0 : (bytes - vectors_) / matrix_.row_bytes + 1;
+    const int64_t spare = matrix_.rows * matrix_.row_bytes - vectors_;
+    // Without bytes there is nothing to read beyond.
+    whole_ = vectors_ == 0 ? matrix_.rows : spare < 0 ? 0 : spare / matrix_.row_bytes + 1;
     if (range.group + 1 < job.groups) {
       // After a part comes the same part of the next matrix.
       const Matrix& next = job.matrix[range.group + 1];
