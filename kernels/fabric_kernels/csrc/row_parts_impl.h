@@ -13,10 +13,12 @@ inline int64_t PartRows(const Matrix& matrix) {
   return RoundUp(CeilDiv(matrix.rows, kRowParts), kLanes);
 }
 
-// Rows of each part in one piece of work: about 64 KB of all four.
+// Rows of each part in one piece of work: about 128 KB of all four, so that the pause between two
+// pieces counts little, but a quarter of a part at most, so that threads share small matrices.
 inline int64_t FewRowsUnit(const Matrix& matrix) {
-  constexpr int64_t kBytes = 65536 / kRowParts;
-  return RoundUp(kBytes / std::clamp<int64_t>(matrix.row_bytes, 1, kBytes), kLanes);
+  constexpr int64_t kBytes = (128 << 10) / kRowParts;
+  const int64_t rows = kBytes / std::clamp<int64_t>(matrix.row_bytes, 1, kBytes);
+  return RoundUp(std::min(rows, CeilDiv(PartRows(matrix), 4)), kLanes);
 }
 
 inline int64_t FewRowsUnits(const Matrix& matrix) {
