@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from fabric_kernels import BlockTable, dequantize_blocks
 from fabric_kernels.block_quantization import TableBits, code_bytes, groups
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -74,4 +75,7 @@ def table_rows(
     value: jax.Array | BlockTable = table_value(table)
     if isinstance(value, BlockTable):
         return dequantize_blocks(value.rows(indices), dtype)
-    return value[indices].astype(dtype)
+    # XLA takes rows of bfloat16 from a table in float32 on CPU, and would widen all of it before a
+    # loop that knows the indices. So it is told that the table depends on them.
+    stored, indices = lax.optimization_barrier((value, indices))
+    return stored[indices].astype(dtype)

@@ -7,6 +7,9 @@ namespace cached_attention {
 
 using Floats = Isa::Floats;
 
+// Vectors of a key or value that are read together; as many sums twice fit the registers.
+constexpr int kMostVectors = Isa::kRegisters / 4;
+
 template <CacheType kType>
 struct Element {
   using Stored = float;
@@ -23,11 +26,17 @@ struct Element<CacheType::kInt8> {
   static Floats Load(const int8_t* p) { return Isa::LoadInt8(p); }
 };
 
+template <CacheType kType>
+using Stored = typename Element<kType>::Stored;
+
 // The elements from `at` of a vector of `width`, zeros behind its end.
 template <CacheType kType>
-inline Floats LoadPart(const typename Element<kType>::Stored* vector, int64_t at, int64_t width) {
+inline Floats LoadPart(const Stored<kType>* vector, int64_t at, int64_t width) {
   if (at + kLanes <= width) return Element<kType>::Load(vector + at);
-  alignas(64) typename Element<kType>::Stored part[kLanes] = {};
+  if constexpr (kType == CacheType::kFloat32) {
+    return Isa::LoadFirstFloats(vector + at, width - at);
+  }
+  alignas(64) Stored<kType> part[kLanes] = {};
   std::memcpy(part, vector + at, size_t(width - at) * sizeof(part[0]));
   return Element<kType>::Load(part);
 }
@@ -41,7 +50,7 @@ inline uint16_t RoundToBFloat16(float x) {
 
 // to = x in the cache's type; `scale` is written for int8.
 template <CacheType kType>
-void Store(const float* x, int64_t width, typename Element<kType>::Stored* to, float* scale) {
+void Store(const float* x, int64_t width, Stored<kType>* to, float* scale) {
   if constexpr (kType == CacheType::kFloat32) {
     std::memcpy(to, x, size_t(width) * sizeof(float));
   } else if constexpr (kType == CacheType::kBFloat16) {
@@ -65,36 +74,57 @@ void Rotate(const float* x, int64_t width, const float* cos, const float* sin, f
   }
 }
 
-// scores[s] = q . keys[s] for `count` slots; q has zeros behind its end.
-template <CacheType kType>
-void Scores(const float* q, const typename Element<kType>::Stored* keys, int64_t width,
-            int64_t count, float* scores) {
-  const int64_t whole = width - width % kLanes;
-  for (int64_t s = 0; s < count; s += kLanes) {
-    Floats acc[kLanes];
-    // Slots after the last repeat it: their results are not used.
-    const int64_t last = std::min<int64_t>(kLanes, count - s) - 1;
-    // Slot by slot, so that memory is read in order.
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const auto* key = keys + (s + std::min(i, last)) * width;
-      Floats sum = Isa::SplatFloat(0);
-      for (int64_t d = 0; d < whole; d += kLanes) {
-        sum = Isa::MultiplyAdd(Element<kType>::Load(key + d), Isa::LoadFloats(q + d), sum);
-      }
-      if (whole < width) {
-        sum = Isa::MultiplyAdd(LoadPart<kType>(key, whole, width), Isa::LoadFloats(q + whole), sum);
-      }
-      acc[i] = sum;
-    }
-    Vec turned[kLanes];
-    std::memcpy(turned, acc, sizeof acc);
-    Isa::Transpose(turned);
-    std::memcpy(acc, turned, sizeof acc);
-    for (int i = kLanes / 2; i > 0; i /= 2) {
-      for (int j = 0; j < i; ++j) acc[j] = Isa::AddFloats(acc[j], acc[j + i]);
-    }
-    Isa::StoreFloats(scores + s, acc[0]);
+// q . key, which are kVectors whole vectors long and, if kRest, longer; q has zeros behind its end.
+template <CacheType kType, int kVectors, bool kRest>
+inline Floats Product(const float* q, const Stored<kType>* key, int64_t width) {
+  Floats sum = Isa::SplatFloat(0);
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) {
+    sum = Isa::MultiplyAdd(Element<kType>::Load(key + i * kLanes), Isa::LoadFloats(q + i * kLanes),
+                           sum);
   }
+  for (int64_t d = kVectors * kLanes; kRest && d < width; d += kLanes) {
+    sum = Isa::MultiplyAdd(LoadPart<kType>(key, d, width), Isa::LoadFloats(q + d), sum);
+  }
+  return sum;
+}
+
+// scores[s] = q . keys[s] for `count` slots. So few instructions are between the loads of two slots
+// that those of many slots are under way at once.
+template <CacheType kType, int kVectors, bool kRest>
+void ScoreSlots(const float* q, const Stored<kType>* keys, int64_t width, int64_t count,
+                float* scores) {
+  const int64_t stride = kRest ? width : kVectors * kLanes;
+  const auto product = [&](int64_t s) {
+    return Product<kType, kVectors, kRest>(q, keys + s * stride, width);
+  };
+  Floats sums[kLanes];
+  int64_t s = 0;
+  for (; s + kLanes <= count; s += kLanes) {
+    // Slot by slot, so that memory is read in order.
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) sums[i] = product(s + i);
+    Isa::StoreFloats(scores + s, Isa::SumEach(sums));
+  }
+  if (s == count) return;
+  // Slots after the last repeat it: their results are not used.
+  for (int i = 0; i < kLanes; ++i) sums[i] = product(std::min(s + i, count - 1));
+  Isa::StoreFloats(scores + s, Isa::SumEach(sums));
+}
+
+template <CacheType kType, bool kRest, int... kVectors>
+constexpr auto ScoreTable(std::integer_sequence<int, kVectors...>) {
+  return std::array{&ScoreSlots<kType, kVectors, kRest>...};
+}
+
+template <CacheType kType>
+void Scores(const float* q, const Stored<kType>* keys, int64_t width, int64_t count,
+            float* scores) {
+  constexpr std::make_integer_sequence<int, kMostVectors + 1> kCounts;
+  static constexpr std::array kTables = {ScoreTable<kType, false>(kCounts),
+                                         ScoreTable<kType, true>(kCounts)};
+  const int64_t vectors = std::min<int64_t>(kMostVectors, width / kLanes);
+  kTables[vectors * kLanes < width][size_t(vectors)](q, keys, width, count, scores);
 }
 
 // Weights in place, not divided by their sum, which is returned. Lanes after `count` become zeros.
@@ -121,49 +151,71 @@ float Weigh(float* scores, int64_t count, float scale, const float* slot_scales)
   return Isa::SumFloats(sum);
 }
 
-// out[d] = sum of weights[s] * values[s][d] for kBlock vectors of elements from `at`.
-template <CacheType kType, int kBlock>
-void Mix(const float* weights, const typename Element<kType>::Stored* values, int64_t width,
-         int64_t count, int64_t at, float factor, float* out) {
-  Floats acc[2][kBlock];
+// out[d] = factor * sum of weights[s] * values[s][d] from d = `at` on: kVectors whole vectors and,
+// if kRest, what is left of `width` after them.
+template <CacheType kType, int kVectors, bool kRest>
+void MixVectors(const float* weights, const Stored<kType>* values, int64_t width, int64_t count,
+                int64_t at, float factor, float* out) {
+  constexpr int kSums = kVectors + kRest;
+  Floats acc[2][kSums];  // of even and of odd slots
+#pragma GCC unroll 2
   for (auto& half : acc) {
+#pragma GCC unroll 8
     for (auto& one : half) one = Isa::SplatFloat(0);
   }
+  const auto add = [&](int64_t s, Floats (&to)[kSums]) {
+    const Floats w = Isa::SplatFloat(weights[s]);
+    const auto* value = values + s * width;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      to[v] = Isa::MultiplyAdd(Element<kType>::Load(value + at + v * kLanes), w, to[v]);
+    }
+    if constexpr (kRest) {
+      const Floats last = LoadPart<kType>(value, at + kVectors * kLanes, width);
+      to[kVectors] = Isa::MultiplyAdd(last, w, to[kVectors]);
+    }
+  };
   int64_t s = 0;
   for (; s + 1 < count; s += 2) {
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const Floats w = Isa::SplatFloat(weights[s + h]);
-      const auto* value = values + (s + h) * width;
-#pragma GCC unroll 4
-      for (int b = 0; b < kBlock; ++b) {
-        acc[h][b] =
-            Isa::MultiplyAdd(LoadPart<kType>(value, at + b * kLanes, width), w, acc[h][b]);
-      }
-    }
+    add(s, acc[0]);
+    add(s + 1, acc[1]);
   }
-  if (s < count) {
-    const Floats w = Isa::SplatFloat(weights[s]);
-    for (int b = 0; b < kBlock; ++b) {
-      acc[0][b] = Isa::MultiplyAdd(LoadPart<kType>(values + s * width, at + b * kLanes, width), w,
-                                   acc[0][b]);
-    }
-  }
-  for (int b = 0; b < kBlock; ++b) {
+  if (s < count) add(s, acc[0]);
+#pragma GCC unroll 8
+  for (int v = 0; v < kSums; ++v) {
     alignas(64) float part[kLanes];
-    Isa::StoreFloats(part, Isa::MulFloats(Isa::AddFloats(acc[0][b], acc[1][b]),
+    Isa::StoreFloats(part, Isa::MulFloats(Isa::AddFloats(acc[0][v], acc[1][v]),
                                           Isa::SplatFloat(factor)));
-    const int64_t from = at + b * kLanes;
+    const int64_t from = at + v * kLanes;
     std::memcpy(out + from, part, size_t(std::min<int64_t>(kLanes, width - from)) * 4);
+  }
+}
+
+template <CacheType kType, bool kRest, int... kVectors>
+constexpr auto MixTable(std::integer_sequence<int, kVectors...>) {
+  return std::array{&MixVectors<kType, kVectors + !kRest, kRest>...};
+}
+
+template <CacheType kType>
+void Mix(const float* weights, const Stored<kType>* values, int64_t width, int64_t count,
+         float factor, float* out) {
+  constexpr std::make_integer_sequence<int, kMostVectors> kCounts;
+  static constexpr std::array kTables = {MixTable<kType, false>(kCounts),
+                                         MixTable<kType, true>(kCounts)};
+  for (int64_t at = 0; at < width;) {
+    const int64_t left = width - at;
+    const bool rest = left < kMostVectors * kLanes && left % kLanes != 0;
+    const int64_t vectors = std::min<int64_t>(kMostVectors, left / kLanes);
+    kTables[rest][size_t(vectors - !rest)](weights, values, width, count, at, factor, out);
+    at += (vectors + rest) * kLanes;
   }
 }
 
 template <CacheType kType>
 void Run(const CachedAttentionJob& job, int64_t item) {
-  using Stored = typename Element<kType>::Stored;
   const int64_t b = item / job.kv_heads, width = job.width, padded = RoundUp(width, kLanes);
-  Stored* keys = static_cast<Stored*>(job.keys) + item * job.slots * width;
-  Stored* values = static_cast<Stored*>(job.values) + item * job.slots * width;
+  auto* keys = static_cast<Stored<kType>*>(job.keys) + item * job.slots * width;
+  auto* values = static_cast<Stored<kType>*>(job.values) + item * job.slots * width;
   float* key_scales = job.key_scales == nullptr ? nullptr : job.key_scales + item * job.slots;
   float* value_scales = job.value_scales == nullptr ? nullptr : job.value_scales + item * job.slots;
   const float *cos = job.cos + b * (width / 2), *sin = job.sin + b * (width / 2);
@@ -188,15 +240,7 @@ void Run(const CachedAttentionJob& job, int64_t item) {
     if (value_scales != nullptr) {
       for (int64_t s = 0; s < count; ++s) scores[s] *= value_scales[begin + s];
     }
-    const Stored* seen = values + begin * width;
-    float* out = job.out + head * width;
-    int64_t at = 0;
-    for (; at + 3 * kLanes < width; at += 4 * kLanes) {
-      Mix<kType, 4>(scores, seen, width, count, at, 1.0f / sum, out);
-    }
-    for (; at < width; at += kLanes) {
-      Mix<kType, 1>(scores, seen, width, count, at, 1.0f / sum, out);
-    }
+    Mix<kType>(scores, values + begin * width, width, count, 1.0f / sum, job.out + head * width);
   }
 }
 

@@ -145,9 +145,12 @@ void DecodeStep::Ahead(int phase, int64_t item, const Local& local) const {
   if (phase % kKinds == kAttend) return;
   const FewRowsRange range = kernels_.few_rows_range(local.job, item);
   const Matrix& matrix = local.job.matrix[range.group];
-  const uint8_t* from = matrix.bytes + range.begin * matrix.row_bytes;
-  const int64_t bytes = std::min(kAheadBytes, (range.end - range.begin) * matrix.row_bytes);
-  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 0, 2);
+  for (int part = 0; part < kRowParts; ++part) {
+    const uint8_t* from = matrix.bytes + range.Begin(part) * matrix.row_bytes;
+    const int64_t rows = range.End(part) - range.Begin(part);
+    const int64_t bytes = std::min(kAheadBytes / kRowParts, rows * matrix.row_bytes);
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 0, 2);
+  }
 }
 
 void DecodeStep::Begin(int phase, Local& local) const {
@@ -176,7 +179,9 @@ void DecodeStep::Run(int phase, int64_t item, Local& local) const {
   for (int64_t row = 0; row < job_.rows; ++row) {
     float* h = job_.h + row * job_.hidden;
     const float* added = added_ + row * job_.hidden;
-    for (int64_t n = range.begin; n < range.end; ++n) h[n] += added[n];
+    for (int part = 0; part < kRowParts; ++part) {
+      for (int64_t n = range.Begin(part); n < range.End(part); ++n) h[n] += added[n];
+    }
   }
 }
 

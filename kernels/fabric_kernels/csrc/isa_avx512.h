@@ -7,6 +7,7 @@
 struct Isa : X86 {
   using Vec = __m512i;
   static constexpr int kLanes = 16;       // int32 a vector
+  static constexpr int kRegisters = 32;
   static constexpr int kTileRows = 12;    // 12 x 2 accumulators, 2 weights: 26 of 32 registers
   static constexpr int kFlushSteps = 1 << 30;  // dots accumulate in int32: never widened
   static constexpr bool kWideDot = true;  // u8 operands up to 255 don't saturate
@@ -79,6 +80,20 @@ struct Isa : X86 {
     }
   }
 
+  // to[i] = the sum of v[i].
+  static void SumFour(const Vec (&v)[4], int32_t* to) {
+    const auto add = [](Vec a, Vec b) {  // of two: pairs of lanes, side by side
+      return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    };
+    const Vec ab = add(v[0], v[1]), cd = add(v[2], v[3]);
+    const Vec sums =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half =
+        _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
+    const __m128i low = _mm256_castsi256_si128(half), high = _mm256_extracti128_si256(half, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(low, high));
+  }
+
   static int32_t Sum(Vec v) { return _mm512_reduce_add_epi32(v); }
 
   // round-half-even(x * scale) of kLanes floats.
@@ -107,6 +122,10 @@ struct Isa : X86 {
 
   using Floats = __m512;
   static Floats LoadFloats(const float* p) { return _mm512_loadu_ps(p); }
+  // The first `count` of them, then zeros.
+  static Floats LoadFirstFloats(const float* p, int64_t count) {
+    return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+  }
   static void StoreFloats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
   static Floats SplatFloat(float v) { return _mm512_set1_ps(v); }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -122,6 +141,28 @@ struct Isa : X86 {
   static Floats IntToFloats(Vec v) { return _mm512_cvtepi32_ps(v); }
   static Floats FromBits(Vec v) { return _mm512_castsi512_ps(v); }
   static float SumFloats(Floats v) { return _mm512_reduce_add_ps(v); }
+  // Lane i = the sum of v[i]: of lanes j and j + 8, of these sums j and j + 4, and so on.
+  static Floats SumEach(const Floats (&v)[16]) {
+    Floats quarter[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Floats a = AddHalves(v[i], v[i + 4]), b = AddHalves(v[i + 8], v[i + 12]);
+      quarter[i] =
+          _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    const Floats a = AddPairs(quarter[0], quarter[1]), b = AddPairs(quarter[2], quarter[3]);
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+  }
+  // Both halves of a added up, beside those of b.
+  static Floats AddHalves(Floats a, Floats b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  // In each 128 bits: both halves of a added up, beside those of b.
+  static Floats AddPairs(Floats a, Floats b) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
   static constexpr int kFloatTileRows = 12;
   static Floats LoadBFloat16(const uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

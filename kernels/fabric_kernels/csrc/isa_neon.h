@@ -5,6 +5,7 @@
 struct Isa {
   using Vec = int32x4_t;
   static constexpr int kLanes = 4;
+  static constexpr int kRegisters = 32;
   static constexpr int kTileRows = 12;    // 12 x 2 accumulators, 2 weights, 1 activation: 27 of 32
   static constexpr int kFlushSteps = 1 << 30;  // dots accumulate in int32: never widened
   static constexpr bool kWideDot = false;      // weights are s8 operands too: 127 at most
@@ -80,6 +81,10 @@ struct Isa {
     }
   }
 
+  // to[i] = the sum of v[i].
+  static void SumFour(const Vec (&v)[4], int32_t* to) {
+    vst1q_s32(to, vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3])));
+  }
   static int32_t Sum(Vec v) { return vaddvq_s32(v); }
 
   // round-half-even(x * scale) of kLanes floats.
@@ -109,6 +114,12 @@ struct Isa {
 
   using Floats = float32x4_t;
   static Floats LoadFloats(const float* p) { return vld1q_f32(p); }
+  // The first `count` of them, then zeros.
+  static Floats LoadFirstFloats(const float* p, int64_t count) {
+    float part[kLanes] = {};
+    std::memcpy(part, p, size_t(count) * sizeof(float));
+    return LoadFloats(part);
+  }
   static void StoreFloats(float* p, Floats v) { vst1q_f32(p, v); }
   static Floats SplatFloat(float v) { return vdupq_n_f32(v); }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
@@ -124,6 +135,15 @@ struct Isa {
   static Floats IntToFloats(Vec v) { return vcvtq_f32_s32(v); }
   static Floats FromBits(Vec v) { return vreinterpretq_f32_s32(v); }
   static float SumFloats(Floats v) { return vaddvq_f32(v); }
+  // Lane i = the sum of v[i]: of lanes j and j + 2, then of both sums.
+  static Floats SumEach(const Floats (&v)[4]) {
+    return vpaddq_f32(AddHalves(v[0], v[1]), AddHalves(v[2], v[3]));
+  }
+  // Both halves of a added up, beside those of b.
+  static Floats AddHalves(Floats a, Floats b) {
+    return vaddq_f32(vcombine_f32(vget_low_f32(a), vget_low_f32(b)),
+                     vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
+  }
   static constexpr int kFloatTileRows = 10;
   static Floats LoadBFloat16(const uint16_t* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));

@@ -6,6 +6,7 @@ struct Isa {
     uint8_t b[16];
   };
   static constexpr int kLanes = 4;
+  static constexpr int kRegisters = 16;
   static constexpr int kTileRows = 4;
   static constexpr int kFlushSteps = 1 << 30;
   static constexpr bool kWideDot = true;
@@ -103,6 +104,10 @@ struct Isa {
     for (int i = 0; i < 64; ++i) fields[i] = (dwords[i / 4] >> (2 * (i % 4))) & 0x03030303u;
   }
 
+  // to[i] = the sum of v[i].
+  static void SumFour(const Vec (&v)[4], int32_t* to) {
+    for (int i = 0; i < 4; ++i) to[i] = Sum(v[i]);
+  }
   static int32_t Sum(Vec v) {
     uint32_t lanes[4];
     std::memcpy(lanes, v.b, 16);
@@ -143,6 +148,12 @@ struct Isa {
     float f[4];
   };
   static Floats LoadFloats(const float* p) { return Floats{{p[0], p[1], p[2], p[3]}}; }
+  // The first `count` of them, then zeros.
+  static Floats LoadFirstFloats(const float* p, int64_t count) {
+    Floats v = {};
+    std::memcpy(v.f, p, size_t(count) * sizeof(float));
+    return v;
+  }
   static void StoreFloats(float* p, Floats v) { std::memcpy(p, v.f, 16); }
   static Floats SplatFloat(float v) { return Floats{{v, v, v, v}}; }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) {
@@ -190,6 +201,12 @@ struct Isa {
     return f;
   }
   static float SumFloats(Floats v) { return (v.f[0] + v.f[1]) + (v.f[2] + v.f[3]); }
+  // Lane i = the sum of v[i]: of lanes j and j + 2, then of both sums.
+  static Floats SumEach(const Floats (&v)[4]) {
+    Floats sums;
+    for (int i = 0; i < 4; ++i) sums.f[i] = (v[i].f[0] + v[i].f[2]) + (v[i].f[1] + v[i].f[3]);
+    return sums;
+  }
   static constexpr int kFloatTileRows = 4;
   static Floats LoadBFloat16(const uint16_t* p) {
     uint32_t bits[4];

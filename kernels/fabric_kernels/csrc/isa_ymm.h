@@ -7,6 +7,7 @@
 struct Ymm : X86 {
   using Vec = __m256i;
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
 
   static Vec Zero() { return _mm256_setzero_si256(); }
   static Vec Load(const void* p) { return _mm256_loadu_si256(static_cast<const Vec*>(p)); }
@@ -60,6 +61,14 @@ struct Ymm : X86 {
     }
   }
 
+  // to[i] = the sum of v[i].
+  static void SumFour(const Vec (&v)[4], int32_t* to) {
+    const Vec ab = _mm256_hadd_epi32(v[0], v[1]), cd = _mm256_hadd_epi32(v[2], v[3]);
+    const Vec sums = _mm256_hadd_epi32(ab, cd);
+    const __m128i low = _mm256_castsi256_si128(sums), high = _mm256_extracti128_si256(sums, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi32(low, high));
+  }
+
   static int32_t Sum(Vec v) {
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     four = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
@@ -97,6 +106,12 @@ struct Ymm : X86 {
 
   using Floats = __m256;
   static Floats LoadFloats(const float* p) { return _mm256_loadu_ps(p); }
+  // The first `count` of them, then zeros.
+  static Floats LoadFirstFloats(const float* p, int64_t count) {
+    alignas(32) float part[kLanes] = {};
+    std::memcpy(part, p, size_t(count) * sizeof(float));
+    return LoadFloats(part);
+  }
   static void StoreFloats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
   static Floats SplatFloat(float v) { return _mm256_set1_ps(v); }
   static Floats MultiplyAdd(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -119,6 +134,22 @@ struct Ymm : X86 {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+  // Lane i = the sum of v[i]: of lanes j and j + 4, of these sums j and j + 2, of those all.
+  static Floats SumEach(const Floats (&v)[8]) {
+    Floats half[4];
+    for (int i = 0; i < 4; ++i) {
+      half[i] = _mm256_add_ps(_mm256_permute2f128_ps(v[i], v[i + 4], 0x20),
+                              _mm256_permute2f128_ps(v[i], v[i + 4], 0x31));
+    }
+    const Floats a = AddPairs(half[0], half[1]), b = AddPairs(half[2], half[3]);
+    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+  }
+  // In each 128 bits: both halves of a added up, beside those of b.
+  static Floats AddPairs(Floats a, Floats b) {
+    const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
   }
   static constexpr int kFloatTileRows = 6;
   static Floats LoadBFloat16(const uint16_t* p) {

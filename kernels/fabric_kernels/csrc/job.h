@@ -1,6 +1,7 @@
 // What one call computes, and the functions that an instruction set provides for it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -66,11 +67,19 @@ struct Operand {
   float* factors;     // [M]: the float that a row's integer result is multiplied by
 };
 
-// The rows [begin, end) of a matrix that a piece of a product of few rows computes.
+constexpr int kRowParts = 4;  // parts of a matrix that a product of few rows reads side by side
+
+// The rows that a piece of a product of few rows computes: [begin, end) of every part.
 struct FewRowsRange {
   int group;
   int64_t begin;
   int64_t end;
+  int64_t part;  // rows of a part
+  int64_t rows;  // of the matrix
+
+  // Those of one part as rows of the matrix.
+  int64_t Begin(int i) const { return std::min(rows, i * part + begin); }
+  int64_t End(int i) const { return std::min(rows, i * part + end); }
 };
 
 struct Kernels {
@@ -112,7 +121,7 @@ const Kernels* PortableKernels();
 const Kernels* SelectKernels(const char** error);
 
 // Scratch of the calling thread, 64-byte aligned, kept for its next call.
-enum class Slot { kOperand, kPanel, kTile, kRow, kNarrow, kCount };
+enum class Slot { kOperand, kPanel, kTile, kRow, kNarrow, kTail, kCount };
 uint8_t* ThreadScratch(Slot slot, size_t bytes);
 
 }  // namespace fabric

@@ -13,6 +13,7 @@ inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 #include "adapter_impl.h"
 #include "prepare_impl.h"
 #include "fields_impl.h"
+#include "row_parts_impl.h"
 #include "few_rows_impl.h"
 #include "tile_impl.h"
 #include "table_impl.h"

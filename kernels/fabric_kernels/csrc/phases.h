@@ -92,7 +92,7 @@ class Phases {
     }
   }
 
-  // `body_` may be gone once all items are done: it is only touched with a claimed one at hand.
+  // `body_` may be gone once all items are done: it is only touched while a claimed one is not.
   void Work() {
     const int lane = arrived_.fetch_add(1, std::memory_order_relaxed) % lanes_;
     typename Body::Local local;
@@ -107,10 +107,10 @@ class Phases {
       now_.store(phase, std::memory_order_relaxed);
       if (item < 0) continue;
       body_->Begin(phase, local);
-      for (; item >= 0; item = Claim(phase, lane)) {
-        body_->Run(phase, item, local);
-        done_[size_t(phase)].value.fetch_add(1, std::memory_order_acq_rel);
-      }
+      int64_t done = 0;
+      for (; item >= 0; item = Claim(phase, lane), ++done) body_->Run(phase, item, local);
+      // All at once: what counts is when the last thread is done.
+      done_[size_t(phase)].value.fetch_add(done, std::memory_order_acq_rel);
     }
   }
 

@@ -159,10 +159,11 @@ void TableTransposed(const TableJob& job, const float* packed, int64_t first, in
   }
 }
 
-constexpr int64_t kFewRowsTable = 64;  // table rows in one piece of work
-constexpr int kTableRows = 4;           // table rows in flight
+constexpr int kTableRows = kRowParts;   // table rows in flight, one of each quarter
+constexpr int64_t kFewRowsTable = 16;   // rows of each quarter in one piece of work
 constexpr int kTableTokens = 4;         // rows of x that share what was widened
-constexpr int64_t kTableAhead = 8192;   // bytes that are prefetched, at least
+
+int64_t TablePartRows(const TableJob& job) { return CeilDiv(job.rows, kTableRows); }
 
 // kLanes elements of x from `at`, zeros behind the last.
 inline Floats LoadX(const float* x, int64_t at, int64_t width) {
@@ -172,24 +173,32 @@ inline Floats LoadX(const float* x, int64_t at, int64_t width) {
   return Isa::LoadFloats(part);
 }
 
-// Where four rows of a table lie; the last is repeated where there are fewer.
+// Where row n of each quarter of a table lies; the last row of all where there is none.
 template <class Element>
-struct FourRows {
+struct TableRows {
+  static constexpr int64_t kSoon = kAhead / int64_t(sizeof(Element));
   const Element* at[kTableRows];
-  int64_t ahead;  // elements
-  FourRows(const Element* table, int64_t stride, int64_t n, int64_t rows) {
-    for (int r = 0; r < kTableRows; ++r) at[r] = table + std::min(n + r, rows - 1) * stride;
-    const int64_t step = kTableRows * stride;
-    ahead = step * CeilDiv(kTableAhead, std::max<int64_t>(1, step * int64_t(sizeof(Element))));
+  TableRows(const TableJob& job, const Element* table, int64_t stride, int64_t n) {
+    for (int r = 0; r < kTableRows; ++r) {
+      at[r] = table + std::min(r * TablePartRows(job) + n, job.rows - 1) * stride;
+    }
   }
 };
 
-// y[m][n ..] = x[m] . table rows, for M rows of x from `m` on.
+// y of row n of each quarter of the table.
+inline void StoreTableRows(const TableJob& job, int64_t n, int64_t m, const float* sums) {
+  for (int r = 0; r < kTableRows; ++r) {
+    const int64_t row = r * TablePartRows(job) + n;
+    if (row < job.rows) job.y[m * job.rows + row] = sums[r];
+  }
+}
+
+// y[m][n ..] = x[m] . row n of each quarter of the table, for M rows of x from `m` on.
 template <TableType kType, int M>
 void TableTile(const TableJob& job, int64_t n, int64_t m) {
   using Element = std::conditional_t<kType == TableType::kFloat32, float, uint16_t>;
   constexpr int kParts = M == 1 ? 2 : 1;  // enough sums to hide the latency of one
-  const FourRows<Element> rows(static_cast<const Element*>(job.table), job.width, n, job.rows);
+  const TableRows<Element> rows(job, static_cast<const Element*>(job.table), job.width, n);
   const float* x = job.x + m * job.width;
   Floats acc[kTableRows][M][kParts];
 #pragma GCC unroll 16
@@ -210,7 +219,7 @@ void TableTile(const TableJob& job, int64_t n, int64_t m) {
       for (int i = 0; i < M; ++i) own[i] = Isa::LoadFloats(x + i * job.width + at);
 #pragma GCC unroll 4
       for (int r = 0; r < kTableRows; ++r) {
-        __builtin_prefetch(rows.at[r] + at + rows.ahead, 0, 2);  // into the second level
+        __builtin_prefetch(rows.at[r] + at + rows.kSoon);
         const Floats w = LoadTable<kType>(rows.at[r], at);
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) acc[r][i][p] = Isa::MultiplyAdd(own[i], w, acc[r][i][p]);
@@ -225,11 +234,14 @@ void TableTile(const TableJob& job, int64_t n, int64_t m) {
       }
     }
   }
-  for (int r = 0; r < kTableRows && n + r < job.rows; ++r) {
-    for (int i = 0; i < M; ++i) {
-      const Floats sum = kParts == 1 ? acc[r][i][0] : Isa::AddFloats(acc[r][i][0], acc[r][i][kParts - 1]);
-      job.y[(m + i) * job.rows + n + r] = Isa::SumFloats(sum);
+  for (int i = 0; i < M; ++i) {
+    float sums[kTableRows];
+    for (int r = 0; r < kTableRows; ++r) {
+      const Floats sum =
+          kParts == 1 ? acc[r][i][0] : Isa::AddFloats(acc[r][i][0], acc[r][i][kParts - 1]);
+      sums[r] = Isa::SumFloats(sum);
     }
+    StoreTableRows(job, n, m + i, sums);
   }
 }
 
@@ -238,8 +250,8 @@ template <int M>
 void BlockTile(const TableJob& job, int64_t n, int64_t m) {
   static_assert(kTableGroup % kLanes == 0);
   const int64_t groups = CeilDiv(job.width, kTableGroup), padded = RoundUp(groups, kLanes);
-  const FourRows<int8_t> rows(static_cast<const int8_t*>(job.table), job.width, n, job.rows);
-  const FourRows<uint16_t> halves(job.scales, groups, n, job.rows);
+  const TableRows<int8_t> rows(job, static_cast<const int8_t*>(job.table), job.width, n);
+  const TableRows<uint16_t> halves(job, job.scales, groups, n);
   float* scales = reinterpret_cast<float*>(
       ThreadScratch(Slot::kRow, size_t(kTableRows * padded) * sizeof(float)));
   for (int r = 0; r < kTableRows; ++r) {
@@ -260,7 +272,7 @@ void BlockTile(const TableJob& job, int64_t n, int64_t m) {
     const int64_t k = g * kTableGroup;
 #pragma GCC unroll 4
     for (int r = 0; r < kTableRows; ++r) {
-      __builtin_prefetch(rows.at[r] + k + rows.ahead, 0, 2);
+      __builtin_prefetch(rows.at[r] + k + rows.kSoon);
       Floats part[M];
 #pragma GCC unroll 8
       for (int v = 0; v < kTableGroup; v += kLanes) {
@@ -287,8 +299,10 @@ void BlockTile(const TableJob& job, int64_t n, int64_t m) {
       }
     }
   }
-  for (int r = 0; r < kTableRows && n + r < job.rows; ++r) {
-    for (int i = 0; i < M; ++i) job.y[(m + i) * job.rows + n + r] = Isa::SumFloats(acc[r][i]);
+  for (int i = 0; i < M; ++i) {
+    float sums[kTableRows];
+    for (int r = 0; r < kTableRows; ++r) sums[r] = Isa::SumFloats(acc[r][i]);
+    StoreTableRows(job, n, m + i, sums);
   }
 }
 
@@ -303,8 +317,8 @@ inline void FewRowsTile(const TableJob& job, int64_t n, int64_t m) {
 
 template <TableType kType>
 void TableFewRows(const TableJob& job, int64_t unit) {
-  const int64_t end = std::min(job.rows, (unit + 1) * kFewRowsTable);
-  for (int64_t n = unit * kFewRowsTable; n < end; n += kTableRows) {
+  const int64_t end = std::min(TablePartRows(job), (unit + 1) * kFewRowsTable);
+  for (int64_t n = unit * kFewRowsTable; n < end; ++n) {
     for (int64_t m = 0; m < job.m; m += kTableTokens) {
       switch (std::min<int64_t>(kTableTokens, job.m - m)) {
         case 1:
@@ -349,7 +363,9 @@ void RunTableTransposed(const TableJob& job, const float* packed, int64_t first,
 #undef FABRIC_BY_TYPE
 
 int64_t TableForwardUnits(const TableJob& job) { return CeilDiv(job.rows, kPanel); }
-int64_t TableFewRowsUnits(const TableJob& job) { return CeilDiv(job.rows, kFewRowsTable); }
+int64_t TableFewRowsUnits(const TableJob& job) {
+  return CeilDiv(TablePartRows(job), kFewRowsTable);
+}
 int64_t TableTransposedUnits(const TableJob& job) { return CeilDiv(job.width, kPanel); }
 
 constexpr TableKernels kTableKernels = {

@@ -200,7 +200,8 @@ int64_t Units(const Job& job, bool few_rows) {
   int64_t units = 0;
   if (job.transposed) return CeilDiv(job.matrix[0].row_bytes, UnitBytes(job.format));
   for (int g = 0; g < job.groups; ++g) {
-    units += CeilDiv(job.matrix[g].rows, few_rows ? FewRowsUnit(job.matrix[g]) : kPanel);
+    const Matrix& matrix = job.matrix[g];
+    units += few_rows ? FewRowsUnits(matrix) : CeilDiv(matrix.rows, kPanel);
   }
   return units;
 }
