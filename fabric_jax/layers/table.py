@@ -75,8 +75,9 @@ def table_rows(
     value: jax.Array | BlockTable = table_value(table)
     if isinstance(value, BlockTable):
         return dequantize_blocks(value.rows(indices), dtype)
+    stored: jax.Array = value
     if jax.default_backend() == "cpu":
         # There XLA takes rows of bfloat16 from a table in float32, and would widen all of it before
         # a loop that knows the indices. So it is told that the table depends on them.
-        value, indices = lax.optimization_barrier((value, indices))
-    return value[indices].astype(dtype)
+        stored, indices = lax.optimization_barrier((stored, indices))
+    return stored[indices].astype(dtype)
