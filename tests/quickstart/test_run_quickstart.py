@@ -188,7 +188,9 @@ def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]):
 def test_fine_tuning_teaches_the_answers(tmp_path: Path, seed: int):
     summary = run_quickstart(QuickstartConfig(output=str(tmp_path / "run"), seed=seed)).to_json()
     assert summary["held_out_questions"] >= 100
+    # It has read the facts, but no answer: one of three by chance, or a few more by what it knows.
+    assert summary["accuracy_before"] <= 0.60
+    assert summary["generation_accuracy_before"] <= 0.45
     for by in ("accuracy", "generation_accuracy"):
-        assert summary[f"{by}_before"] <= 0.45
         assert summary[f"{by}_after"] >= 0.90
     assert summary["bytes_packed"] < summary["bytes_f16"] / 3
