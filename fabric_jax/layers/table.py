@@ -76,8 +76,8 @@ def table_rows(
     if isinstance(value, BlockTable):
         return dequantize_blocks(value.rows(indices), dtype)
     stored: jax.Array = value
-    if jax.default_backend() == "cpu":
-        # There XLA takes rows of bfloat16 from a table in float32, and would widen all of it before
-        # a loop that knows the indices. So it is told that the table depends on them.
+    if value.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # There XLA takes its rows from a table in float32 (jaxlib 0.10), and would widen all of it
+        # before a loop that knows the indices. So it is told that the table depends on them.
         stored, indices = lax.optimization_barrier((stored, indices))
     return stored[indices].astype(dtype)

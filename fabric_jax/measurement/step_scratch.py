@@ -33,6 +33,7 @@ class StepScratch:
             packed bytes.
         gathered: packed bytes of one layer, its parts on other devices included; 0 where weights
             are not cut along ``fsdp``.
+        last: of the last layer, where it is kept through the loss.
     """
 
     kept: int
@@ -41,12 +42,13 @@ class StepScratch:
     logits: int
     unpacked: int
     gathered: int = 0
+    last: int = 0
 
     @property
     def total(self) -> int:
         """What is held at once: the loss is done with before the first layer is differentiated."""
         layer = self.layer + self.attention + self.unpacked + self.gathered
-        return self.kept + max(layer, self.logits)
+        return self.kept + max(layer, self.last + self.logits)
 
 
 def predict_scratch(
@@ -78,13 +80,15 @@ def predict_scratch(
     # Residual stream, norms, projections, gates and their gradients; int8 inputs of the linears.
     live = item * (8 * d + 2 * q + 2 * kv + 6 * f) + (2 * d + q + f)
     linears = d + q + 2 * kv + 2 * f + 2 * d
-    layers = config.num_layers
+    # The inputs of linears, norms and gates.
+    everything = (linears + 4 * d + 2 * q + 3 * f) * item
+    layers, last = config.num_layers, 0
     match options.remat:
         case "layer":
             kept = d * item
         case "offload":
             # The others are with the host: one is differentiated while the next one arrives.
-            kept, layers = d * item, min(2, layers)
+            kept, layers, last = d * item, min(2, layers), everything
         case "int8-residuals":
             # The input as it is; codes and a scale of q, k, v, o, gate and up, and of down where a
             # norm reads it.
@@ -93,8 +97,7 @@ def predict_scratch(
         case "linears":
             kept = linears * item
         case "none":
-            # The inputs of the linears too, and of norms and gates.
-            kept = (linears + 4 * d + 2 * q + 3 * f) * item
+            kept = everything
     scores = FLOAT32_BYTES * rows * config.num_heads * length * length
     tile = min(
         tokens,
@@ -107,6 +110,7 @@ def predict_scratch(
         logits=2 * FLOAT32_BYTES * tile * config.vocab_size,
         unpacked=0 if kernels else _unpacked(config, options, mesh),
         gathered=_gathered(config, options, mesh),
+        last=tokens * last,
     )
 
 

@@ -3,7 +3,8 @@
 Chen et al. 2016, arXiv:1604.06174, keep the input of each layer and compute the rest anew. Here
 those inputs are out of the device's memory meanwhile. Copies run beside the computation: a layer's
 input leaves while the layer is computed, and comes back while the layer above is differentiated.
-The last layer is differentiated first: what it would compute anew it keeps.
+The last layer is differentiated first: what it would compute anew it keeps, and what the one before
+it read comes back beside its forward pass and the loss.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def scan_offloaded(layer: Layer, h: jax.Array, xs: Any, consts: Any, *, unroll: 
     """``h = layer(h, i, x, consts)`` for each ``x`` of ``xs``; first gradients, in reverse mode.
 
     The gradients are those of ``jax.checkpoint(layer)`` in a scan; the last layer's intermediate
-    arrays are on the device from its forward pass to its backward pass.
+    arrays are on the device from its forward pass to its backward pass. Not under ``vmap``.
 
     Args:
         layer: of arrays that are all among its arguments; ``i`` int32 [] counts from 0.

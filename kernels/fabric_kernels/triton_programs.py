@@ -19,7 +19,10 @@ LAUNCH = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
 
 
 def program_id(mode: Mode) -> jax.Array:
-    """As ``pl.program_id(0)``, int32 []: to be used by every kernel, and by all its programs."""
+    """As ``pl.program_id(0)``, int32 []: to be used first, by all programs of a kernel.
+
+    Not by kernels whose programs wait for each other: these need the multiprocessors to themselves.
+    """
     own = pl.program_id(0)
     if mode != "cuda" or compute_capability() < HOPPER:
         return own

@@ -65,6 +65,23 @@ def test_gradients_are_those_of_the_plain_scan(
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), again, expected[1])
 
 
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_the_last_layer_is_computed_once(layers: int) -> None:
+    h, xs, consts = numbers(layers)
+    computed: list[int] = []
+
+    def counted(h: jax.Array, index: jax.Array, x: Any, consts: Any) -> jax.Array:
+        jax.debug.callback(lambda i: computed.append(int(i)), index)
+        return layer(h, index, x, consts)
+
+    def total(h: jax.Array) -> jax.Array:
+        return jnp.sum(scan_offloaded(counted, h, xs, consts, unroll=False))
+
+    jax.block_until_ready(jax.jit(jax.grad(total))(h))
+    jax.effects_barrier()
+    assert sorted(computed) == sorted([*range(layers), *range(layers - 1)])
+
+
 def define(remat: Any, **options: Any) -> DecoderDefinition:
     settings: dict[str, Any] = {"lora": LoraConfig(rank=2), "implementation": "xla"} | options
     return define_decoder(CONFIG, DecoderOptions(remat=remat, **settings))

@@ -46,7 +46,7 @@ class Tile:
     Attributes:
         slots: at a time, at least 16.
         warps: of 32 threads.
-        stages: tiles that are on their way at a time.
+        stages: of the pipeline of loads, on matrix units.
     """
 
     slots: int
@@ -92,15 +92,13 @@ def cached_attention(
     inputs = [q, k, v, *angles, layer.reshape(1), positions]
     inputs += [] if first is None else [first]
     tile = choose_tile(width, heads // kv_heads)
-    sizes = {"inputs": len(inputs), "count": len(stored), "tile": tile.slots, "stages": tile.stages}
-    # One query's tiles wait in registers, which the compiler's pipeline would not let them.
-    pipelined = 1 if heads == kv_heads else tile.stages
+    sizes = {"inputs": len(inputs), "count": len(stored), "tile": tile.slots}
     *kept, attended = pl.pallas_call(
         partial(_program, **sizes, factor=scale * LOG2_E, mode=mode),
         out_shape=[*[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stored], q],
         grid=(kv_heads, batch),
         input_output_aliases={len(inputs) + i: i for i in range(len(stored))},
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=pipelined),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=mode == "interpret",
         name="cached_attention_batch",
     )(*inputs, *stored)
@@ -110,9 +108,7 @@ def cached_attention(
     return attended, new
 
 
-def _program(
-    *refs: Ref, inputs: int, count: int, tile: int, stages: int, factor: float, mode: Mode
-) -> None:
+def _program(*refs: Ref, inputs: int, count: int, tile: int, factor: float, mode: Mode) -> None:
     q, k, v, cos, sin, layer, positions = refs[:7]
     first = refs[7:inputs]
     stored, new = refs[inputs : inputs + count], refs[inputs + count : inputs + 2 * count]
@@ -130,7 +126,7 @@ def _program(
     one = jnp.zeros((1,), jnp.int32) + own
     if group == 1:
         # Asked for first: what follows waits for loads of its own.
-        begun = [slots.load(slots.begin + i) for i in range(stages)]
+        begun = slots.load(slots.begin)
         queries = turned(q, row, one, (cos, sin))
         sums = sums_of_one(slots, begun, queries, factor)
     else:

@@ -104,14 +104,12 @@ class Slots:
         ]
 
 
-def sums_of_one(
-    slots: Slots, begun: Sequence[list[jax.Array]], query: jax.Array, factor: float
-) -> Sums:
-    """Of a query [1, hd]; ``begun`` are the first tiles, as many as are always under way."""
+def sums_of_one(slots: Slots, begun: list[jax.Array], query: jax.Array, factor: float) -> Sums:
+    """Of a query [1, hd]; ``begun`` is the first tile."""
 
-    def add(index: jax.Array, carry: tuple[Sums, Any]) -> tuple[Sums, Any]:
-        sums, ((keys, values, *scales), *others) = carry
-        following, seen = [*others, slots.load(index + len(begun))], slots.seen(index)
+    def add(index: jax.Array, carry: tuple[Sums, list[jax.Array]]) -> tuple[Sums, list[jax.Array]]:
+        sums, (keys, values, *scales) = carry
+        following, seen = slots.load(index + 1), slots.seen(index)
         scores = jnp.sum(keys.astype(jnp.float32) * query, axis=1) * factor
         scores = jnp.where(seen, scores * scales[0] if scales else scores, FAR)
         largest = jnp.maximum(sums.largest, scores)
@@ -121,7 +119,7 @@ def sums_of_one(
         added = sums.values * shrink[:, None] + mix[:, None] * values.astype(jnp.float32)
         return Sums(largest, sums.weights * shrink + weights, added), following
 
-    start = (_nothing(slots.tile, slots.power), list(begun))
+    start = (_nothing(slots.tile, slots.power), begun)
     rows = lax.fori_loop(slots.begin, slots.end, add, start)[0]
     largest = jnp.max(rows.largest)
     shrink = jnp.exp2(rows.largest - largest)

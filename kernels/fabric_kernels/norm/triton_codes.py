@@ -50,8 +50,9 @@ def forward(
 
     def kernel(x: tuple[Ref, ...], gain: Ref, scales: Sequence[tuple[Ref, Ref]], *outs: Ref):
         out, codes, *factors = outs
+        token = program_id(mode)
         at, mask = columns_of(out)
-        values, token = normalised(how, x, gain, out), program_id(mode)
+        values = normalised(how, x, gain, out)
         plgpu.store(out.at[token, at], values, mask=mask)
         row = values.astype(jnp.float32)
         # A maximum need not keep what is not a number.

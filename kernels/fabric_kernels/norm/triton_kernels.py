@@ -46,6 +46,7 @@ def backward(
     """The gradients of :func:`forward` by its rows, of ``dy`` [M, n]; the last plus ``beside``."""
 
     def kernel(x: tuple[Ref, ...], gain: Ref, dy: Ref, beside: Ref | None, *outputs: Ref) -> None:
+        row = program_id(mode)
         at, mask = columns_of(dy)
         rows = [_load(ref, at, mask) for ref in x]
         product = _product(how, rows)
@@ -61,7 +62,6 @@ def backward(
             gradients = [d_product * up * slope, d_product * activated]
         if beside is not None:
             gradients[-1] = gradients[-1] + _load(beside, at, mask)
-        row = program_id(mode)
         for out, gradient in zip(outputs, gradients, strict=True):
             plgpu.store(out.at[row, at], gradient.astype(out.dtype), mask=mask)
 

@@ -42,7 +42,7 @@ def transposed(g: jax.Array, table: jax.Array) -> jax.Array:
     rows, (n, k) = g.reshape(-1, g.shape[-1]), table.shape
     strip = kernels.Strip(m=max(16, 1 << (len(rows) - 1).bit_length()))
     stage = strip.n * (strip.k * table.dtype.itemsize + strip.m * g.dtype.itemsize)
-    parts = max(1, min(_PROGRAMS * strip.k // k, n // strip.n))
+    parts = max(1, min(_PROGRAMS // -(-k // strip.k), n // strip.n))
     strip = replace(strip, parts=parts, stages=max(1, min(4, _SHARED_BYTES // stage)))
     y = on_platform(partial(kernels.transposed, strip=strip), rows, table)
     return y.reshape(*g.shape[:-1], k)
