@@ -99,19 +99,22 @@ def predict_scratch(
         case "none":
             kept = everything
     scores = FLOAT32_BYTES * rows * config.num_heads * length * length
-    tile = min(
-        tokens,
-        tile_tokens(tokens, config.vocab_size, max(LOGITS_TILE_BYTES, 2 * tokens * d * item)),
-    )
     return StepScratch(
         kept=layers * tokens * kept,
         layer=tokens * live,
         attention=0 if kernels else 4 * min(scores, ATTENTION_TILE_BYTES),
-        logits=2 * FLOAT32_BYTES * tile * config.vocab_size,
+        logits=_logits(config, tokens, item),
         unpacked=0 if kernels else _unpacked(config, options, mesh),
         gathered=_gathered(config, options, mesh),
         last=tokens * last,
     )
+
+
+def _logits(config: ModelConfig, tokens: int, item: int) -> int:
+    """A tile of them and its gradient."""
+    size = max(LOGITS_TILE_BYTES, 2 * tokens * config.hidden_size * item)
+    tile = min(tokens, tile_tokens(tokens, config.vocab_size, size))
+    return 2 * FLOAT32_BYTES * tile * config.vocab_size
 
 
 def _unpacked(config: ModelConfig, options: DecoderOptions, mesh: MeshShape) -> int:
