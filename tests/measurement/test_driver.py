@@ -34,13 +34,20 @@ def test_mebibytes_become_bytes_and_the_largest_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     file = tmp_path / "used"
-    file.write_text("700\n")
+
+    def use(mebibytes: int) -> None:
+        """In one go: a sample may be taken at any moment."""
+        part = tmp_path / "part"
+        part.write_text(f"{mebibytes}\n")
+        part.replace(file)
+
+    use(700)
     smi(tmp_path, f"cat {file}", monkeypatch)
     assert driver.driver_bytes() == 700 << 20
     monkeypatch.setattr(driver, "INTERVAL_SECONDS", 0.001)
     with driver.DriverPeak() as sampled:
-        file.write_text("1234\n")
-    file.write_text("5\n")
+        use(1234)
+    use(5)
     assert sampled.peak == 1234 << 20
 
 
