@@ -108,9 +108,9 @@ def _transposed(g: Ref, table: Ref, out: Ref, *, strip: Strip, mode: Mode) -> No
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         at = i * strip.n
         values = _load(table, at, column, (strip.n, strip.k)).astype(g.dtype)
-        part = _load(g, 0, at, (strip.m, strip.n))
+        own = _load(g, 0, at, (strip.m, strip.n))
         dims = (((1,), (0,)), ((), ()))
-        return total + lax.dot_general(part, values, dims, preferred_element_type=jnp.float32)
+        return total + lax.dot_general(own, values, dims, preferred_element_type=jnp.float32)
 
     zero = jnp.zeros((strip.m, strip.k), jnp.float32)
     total = lax.fori_loop(part * each, jnp.minimum((part + 1) * each, steps), step, zero)
